@@ -1,0 +1,1 @@
+"""Keeps the keepers of headless pi sessions right."""

@@ -1,0 +1,195 @@
+"""Names on disk: session ids, paths, and what a file name means.
+
+Pure: nothing here touches the file system. Every function that depends on the
+system takes ``platform`` (a value of ``sys.platform``), so the names of Windows
+can be computed, and tested, anywhere.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import posixpath
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+MAX_SID_LENGTH = 90
+"""Bytes. ``<sid>.rpc.sock`` must fit into ``sun_path`` when bound relative to the
+folder: 104 bytes with the final NUL on macOS (108 on Linux), less ``.rpc.sock``."""
+
+_SID = re.compile(rf"(?!launch-)[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_SID_LENGTH - 1}}}", re.ASCII)
+
+KEEPER_PROGRAM = Path(__file__).with_name("keeper_process.py")
+"""Our keeper. It is run by path and imported by nobody."""
+
+HIDDEN = ".reconciler-"
+"""How the names begin that removal moves entries to before it deletes them."""
+
+
+class InvalidSessionIdError(ValueError):
+    """A session id that cannot safely be a part of a file name."""
+
+
+class Role(enum.Enum):
+    """What a name in the sessions folder stands for."""
+
+    SOCKET = "socket"
+    PID_FILE = "pid_file"
+    AGENT_PID_FILE = "agent_pid_file"
+    KEEPER_LOG = "keeper_log"
+    LAUNCH_LOG = "launch_log"
+
+
+CLAIM = (Role.SOCKET, Role.AGENT_PID_FILE, Role.PID_FILE)
+"""The roles that claim "a keeper lives", in the order of their removal: the pid file
+goes last, since what it says is what condemns the others."""
+
+
+def check_sid(sid: str) -> str:
+    """Give ``sid`` back when it can be a part of a file name.
+
+    Args:
+        sid: 1 to 90 of the characters ``A-Z a-z 0-9 . _ -``, the first one a letter or
+            a digit. ``launch-`` cannot begin one: ``keeper-launch-x.log`` would be both
+            the keeper log of ``launch-x`` and the launch log of ``x``.
+
+    Raises:
+        InvalidSessionIdError: what is wrong, with the value.
+    """
+    if not _SID.fullmatch(sid):
+        raise InvalidSessionIdError(
+            f"session id {sid[: MAX_SID_LENGTH + 8]!r} is not usable: give 1 to "
+            f"{MAX_SID_LENGTH} of the characters A-Z a-z 0-9 . _ -, beginning with a letter "
+            "or a digit and not with 'launch-' (a UUID is best)"
+        )
+    return sid
+
+
+def base_dir(environ: Mapping[str, str], home: Path) -> Path:
+    """The folder that ``.pi`` lies in: ``$PI_DASHBOARD_HOME`` unless unset or blank."""
+    override = environ.get("PI_DASHBOARD_HOME", "")
+    return Path(override) if override.strip() else home
+
+
+def sessions_dir(environ: Mapping[str, str], home: Path) -> Path:
+    """The sessions folder of the contract, ``<base>/.pi/dashboard/sessions``."""
+    return base_dir(environ, home) / ".pi" / "dashboard" / "sessions"
+
+
+def registry_file(folder: Path) -> Path:
+    """The dashboard's spawn registry that belongs to a sessions folder."""
+    return folder.parent / "headless-pids.json"
+
+
+def file_name(role: Role, sid: str, platform: str = sys.platform) -> str:
+    """The bare name of a session's file in the sessions folder.
+
+    Args:
+        role: which file.
+        sid: the session's id, not checked here.
+        platform: a value of ``sys.platform``.
+
+    Raises:
+        ValueError: for the socket on Windows, which is a pipe and has no file.
+    """
+    windows = platform == "win32"
+    match role:
+        case Role.KEEPER_LOG:
+            return f"keeper-{sid}.log"
+        case Role.LAUNCH_LOG:
+            return f"keeper-launch-{sid}.log"
+        case Role.PID_FILE:
+            return f"pi-rpc-{sid}.pid" if windows else f"{sid}.rpc.sock.pid"
+        case Role.AGENT_PID_FILE:
+            return f"pi-rpc-{sid}.pi-pid" if windows else f"{sid}.rpc.sock.pi-pid"
+        case Role.SOCKET if windows:
+            raise ValueError("on Windows the socket is a named pipe, it has no file")
+        case Role.SOCKET:
+            return f"{sid}.rpc.sock"
+
+
+def socket_address(folder: Path, sid: str, platform: str = sys.platform) -> str:
+    """What a client connects to: a socket's path, on Windows a pipe's name."""
+    if platform == "win32":
+        return rf"\\.\pipe\pi-rpc-{sid}"
+    return str(folder / file_name(Role.SOCKET, sid, platform))
+
+
+_ENDINGS = {
+    "posix": (
+        (".rpc.sock", Role.SOCKET),
+        (".rpc.sock.pid", Role.PID_FILE),
+        (".rpc.sock.pi-pid", Role.AGENT_PID_FILE),
+    ),
+    "windows": (
+        (".pid", Role.PID_FILE),
+        (".pi-pid", Role.AGENT_PID_FILE),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedName:
+    """What a file name says. ``sid`` is always a valid session id."""
+
+    role: Role
+    sid: str
+
+
+def parse_name(name: str, platform: str = sys.platform) -> ParsedName | None:
+    """Read a bare file name: the reverse of `file_name`, or None when it is not ours.
+
+    A name with one of our endings whose rest is no valid session id is not ours.
+    """
+    if name.startswith("keeper-") and name.endswith(".log"):
+        launch = name.startswith("keeper-launch-")
+        sid = name[len("keeper-launch-" if launch else "keeper-") : -len(".log")]
+        return _parsed(Role.LAUNCH_LOG if launch else Role.KEEPER_LOG, sid)
+    windows = platform == "win32"
+    prefix = "pi-rpc-" if windows else ""
+    if not name.startswith(prefix):
+        return None
+    for ending, role in _ENDINGS["windows" if windows else "posix"]:
+        if name.endswith(ending):
+            return _parsed(role, name[len(prefix) : -len(ending)])
+    return None
+
+
+def _parsed(role: Role, sid: str) -> ParsedName | None:
+    return ParsedName(role, sid) if _SID.fullmatch(sid) else None
+
+
+def claims(name: str, platform: str = sys.platform) -> str | None:
+    """The session id that a name claims a keeper for; None for logs and foreign names."""
+    parsed = parse_name(name, platform)
+    return parsed.sid if parsed and parsed.role in CLAIM else None
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperArguments:
+    """What a keeper's command line says: the program's base name and the session id."""
+
+    program: str
+    sid: str
+
+
+def keeper_arguments(
+    arguments: Sequence[str], programs: frozenset[str], platform: str = sys.platform
+) -> KeeperArguments | None:
+    """Read a process's arguments as ``<runtime> <keeper file> <sid>``, or None.
+
+    Args:
+        arguments: a process's arguments, the program first.
+        programs: base names of known keeper programs.
+        platform: a value of ``sys.platform``.
+    """
+    for argument, following in itertools.pairwise(arguments):
+        name = (
+            PureWindowsPath(argument).name if platform == "win32" else posixpath.basename(argument)
+        )
+        if name in programs and _SID.fullmatch(following):
+            return KeeperArguments(name, following)
+    return None
