@@ -1,0 +1,65 @@
+"""The queue of hints: which session to look at, and when.
+
+A hint is only a key. Equal hints are joined and the earliest due time counts; a key that
+is in work is never given out a second time, and comes back once it is released.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+AT_ONCE = 0.0
+"""The due time of what goes before everything else that is due: a process has died."""
+
+
+class Hints:
+    """Keys with due times. Pure: the caller brings the time, monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._due: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
+        self._in_work: dict[str, float | None] = {}
+
+    def __len__(self) -> int:
+        """How many keys wait or are in work."""
+        return len(self._due) + len(self._in_work)
+
+    def add(self, key: str, due: float) -> None:
+        """Ask for a look at ``key`` when it is ``due``, or earlier if that was asked already."""
+        if key in self._in_work:
+            known = self._in_work[key]
+            self._in_work[key] = due if known is None else min(known, due)
+        elif key not in self._due or due < self._due[key]:
+            self._due[key] = due
+            heapq.heappush(self._heap, (due, key))
+
+    def take(self, now: float) -> str | None:
+        """The key that is due first, now in work; None when none is due."""
+        due = self.next_due()
+        if due is None or due > now:
+            return None
+        _, key = heapq.heappop(self._heap)
+        del self._due[key]
+        self._in_work[key] = None
+        return key
+
+    def release(self, key: str) -> None:
+        """The key is not in work any more; what was asked for meanwhile counts again."""
+        again = self._in_work.pop(key, None)
+        if again is not None:
+            self.add(key, again)
+
+    def forget(self, key: str) -> None:
+        """Nobody need look at ``key`` any more."""
+        self._due.pop(key, None)
+
+    def next_due(self) -> float | None:
+        """When the first key is due, or None."""
+        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def busy_until(self, horizon: float) -> bool:
+        """Whether a key is in work, or due before ``horizon``."""
+        due = self.next_due()
+        return bool(self._in_work) or (due is not None and due < horizon)
