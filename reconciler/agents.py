@@ -1,0 +1,192 @@
+"""The agent of a session: the child of a living keeper, or what a dead one left behind.
+
+"No answer" is not "gone". A keeper counts as an orphan, and an agent as left behind, only
+on positive evidence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from reconciler.identity import KNOWN_PROGRAMS
+from reconciler.layout import keeper_arguments
+from reconciler.processes import SYSTEM, Facts, Life, Processes
+from reconciler.registry import Registry
+from reconciler.state import (
+    Agent,
+    AgentState,
+    Entry,
+    EntryKind,
+    KeeperState,
+    Observation,
+    ProcessId,
+)
+
+AgentProbe = Callable[[str, int], bool | None]
+"""The caller's own word on an agent: session id and keeper's pid → alive, gone (False), or
+not known (None). It is called in the event loop's thread and must not block."""
+
+MARKER = "PI_RECONCILER_SESSION"
+"""Our keeper sets it to the session id, for its agent and all that this one starts."""
+
+SPAWNED = "PI_DASHBOARD_SPAWNED"
+"""Every keeper sets it to ``1`` for its agent."""
+
+BIRTH_WINDOW = (-1.0, 30.0)
+"""Seconds from an agent's start until its pid file was written; keepers do so right after
+the start. A clock that was set puts every process outside of it, which makes the agent
+unverifiable and harms nobody."""
+
+
+class Agents:
+    """Finds agents.
+
+    Args:
+        programs: base names of known keeper programs.
+        registry: the dashboard's spawn registry, or None not to ask it.
+        agent_probe: the caller's own word, asked first.
+        processes: how the system is asked.
+    """
+
+    def __init__(
+        self,
+        programs: frozenset[str] = KNOWN_PROGRAMS,
+        registry: Registry | None = None,
+        agent_probe: AgentProbe | None = None,
+        processes: Processes = SYSTEM,
+    ) -> None:
+        self._programs = programs
+        self._registry = registry
+        self._agent_probe = agent_probe
+        self._processes = processes
+
+    def find(
+        self,
+        seen: Observation,
+        before: Observation | None,
+    ) -> Agent:
+        """The agent of the session.
+
+        Args:
+            seen: the look under way; its own agent is not yet filled in.
+            before: the look before it.
+        """
+        keeper = seen.keeper
+        same_keeper = before is not None and before.keeper.process == keeper.process
+        if keeper.state is KeeperState.UNVERIFIABLE:
+            found = Agent(AgentState.UNKNOWN, seen.now, evidence="its keeper cannot be told")
+        elif keeper.state is KeeperState.PROVEN and keeper.process is not None:
+            found = self._of_living(
+                seen, keeper.process, before.agent if before and same_keeper else None
+            )
+        else:
+            found = self._of_dead(seen, before.agent if before else None)
+        if before is not None and same_keeper and before.agent.state is found.state:
+            return replace(found, since=before.agent.since)
+        return found
+
+    def _of_living(self, seen: Observation, keeper: ProcessId, before: Agent | None) -> Agent:
+        """The agent of a living keeper: its direct child."""
+        word = self._agent_probe(seen.sid, keeper.pid) if self._agent_probe else None
+        if word is False:
+            return Agent(AgentState.GONE, seen.now, evidence="the caller's probe says so")
+        children = self._processes.children(keeper.pid)
+        registered = self._registry.agent_pid(seen.sid, keeper.pid) if self._registry else None
+        for pid in (seen.agent_file.pid, registered, *(children or ())):
+            if pid and (child := self._child(pid, keeper, seen.now)):
+                return child
+        if word is True:
+            return Agent(AgentState.ALIVE, seen.now, evidence="the caller's probe says so")
+        if evidence := _evidence_of_end(seen, before, children):
+            return Agent(AgentState.GONE, seen.now, evidence=evidence)
+        if children is None:
+            return Agent(AgentState.UNKNOWN, seen.now, evidence="the keeper's children are hidden")
+        return Agent(AgentState.NEVER_SEEN, seen.now)
+
+    def _child(self, pid: int, parent: ProcessId, now: float) -> Agent | None:
+        """The agent, when the pid is the keeper's living child: that is the proof."""
+        facts = self._processes.facts(pid)
+        if facts.process is None or facts.parent != parent.pid:
+            return None
+        evidence = f"process {pid} is the keeper's child"
+        return Agent(AgentState.ALIVE, now, facts.process, proven=True, evidence=evidence)
+
+    def _of_dead(self, seen: Observation, before: Agent | None) -> Agent:
+        """The agent that a dead keeper left behind, if it can be found."""
+        if before is not None and before.proven and before.process is not None:
+            facts = self._processes.facts(before.process.pid)
+            if facts.process == before.process and not facts.dying:
+                return replace(before, since=seen.now)
+            return Agent(AgentState.GONE, seen.now, evidence="it was seen alive, and is gone")
+        registered = None
+        if self._registry is not None and seen.pid_file.pid:
+            registered = self._registry.agent_pid(seen.sid, seen.pid_file.pid)
+        for pid in (seen.agent_file.pid, registered):
+            if pid:
+                return self._left(seen, pid)
+        return Agent(AgentState.NEVER_SEEN, seen.now)
+
+    def _left(self, seen: Observation, pid: int) -> Agent:
+        """Whether a process is what the dead keeper of the session left behind."""
+        facts = self._processes.facts(pid)
+        gone = Agent(AgentState.GONE, seen.now, evidence=f"agent {pid} is gone")
+        if facts.life is Life.DEAD or facts.dying:
+            return gone
+        text = f"process {pid} may be its agent"
+        maybe = Agent(AgentState.UNKNOWN, seen.now, facts.process, evidence=text)
+        if facts.life is Life.HIDDEN or self._parent_is_keeper(facts):
+            return maybe
+        marker, spawned = (self._processes.variable(pid, name) for name in (MARKER, SPAWNED))
+        if marker is None or spawned is None:
+            return maybe if self._processes.facts(pid).process == facts.process else gone
+        if spawned != "1" or marker not in {"", seen.sid}:
+            return replace(gone, evidence=f"pid {pid} is another process now")
+        if not (marker or _born_for(seen, facts)):
+            return maybe
+        text = f"agent {pid} outlived its keeper"
+        return Agent(AgentState.ALIVE, seen.now, facts.process, proven=True, evidence=text)
+
+    def _parent_is_keeper(self, facts: Facts) -> bool:
+        """It is nobody's leftover: a living keeper, of whichever folder, is its parent."""
+        arguments = self._processes.arguments(facts.parent)
+        return bool(arguments and keeper_arguments(arguments, self._programs))
+
+
+def _evidence_of_end(
+    seen: Observation, before: Agent | None, children: tuple[int, ...] | None
+) -> str:
+    """Why the agent of a living keeper that has no living child is known to be gone."""
+    if before is not None and before.process is not None:
+        return f"agent {before.process.pid} was seen alive, and is gone"
+    if before is not None and before.state is AgentState.GONE:
+        return before.evidence
+    if children:
+        return "the keeper's child is a zombie"
+    written = _wall_age(seen.agent_file)
+    if children is not None and written is not None and written <= seen.keeper.age:
+        return f"agent {seen.agent_file.pid}, which the keeper wrote down, is gone"
+    return ""
+
+
+def _born_for(seen: Observation, facts: Facts) -> bool:
+    """Whether a process started as the agent of the keeper that the files name.
+
+    It is in the session (setsid) that the dead keeper led: the kernel gives a pid to
+    nobody else while it stands for a session. Or it started when its pid file was written.
+    """
+    if facts.session == seen.pid_file.pid != 0:
+        return True
+    written = _wall_age(seen.agent_file)
+    if written is None or facts.process is None or facts.process.pid != seen.agent_file.pid:
+        return False
+    earliest, latest = BIRTH_WINDOW
+    return earliest <= facts.age - written <= latest
+
+
+def _wall_age(entry: Entry) -> float | None:
+    """Seconds since a pid file was written, by the wall clock: evidence, never an age."""
+    if entry.kind is not EntryKind.PID or entry.file is None:
+        return None
+    return time.time() - entry.file.mtime_ns / 1e9

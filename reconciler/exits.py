@@ -1,0 +1,147 @@
+"""Exit notices: who is followed, and a callback the moment that one of them dies.
+
+A keeper that dies by SIGKILL leaves no file event. On Linux each followed process has a
+pidfd, all pidfds stand in one epoll of our own, and the event loop waits on that one
+descriptor. Where a pidfd is not to be had the process is polled instead, and the owner
+is told so once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import sys
+from collections.abc import Callable
+
+from reconciler.processes import SYSTEM, Processes, open_pidfd
+from reconciler.state import ProcessId
+
+POLL_PERIOD = 0.5
+"""Seconds between two looks at processes that have no pidfd."""
+
+Notice = Callable[[str, ProcessId], None]
+"""Called with the session id and the process, in the event loop's thread."""
+
+
+class Exits:
+    """The processes that are followed for each session. Close it when done.
+
+    Args:
+        loop: the loop whose thread calls ``notice``; all methods belong to that thread.
+        notice: called once for each followed process that has exited.
+        degraded: called once, with the reason, when polling has to stand in for pidfds.
+        processes: how the system is asked.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        notice: Notice,
+        degraded: Callable[[str], None] = lambda _: None,
+        processes: Processes = SYSTEM,
+    ) -> None:
+        self._loop = loop
+        self._notice = notice
+        self._degraded: Callable[[str], None] | None = degraded
+        self._processes = processes
+        self._followed: dict[str, dict[ProcessId, int | None]] = {}
+        self._by_pidfd: dict[int, tuple[str, ProcessId]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._epoll = select.epoll() if sys.platform == "linux" else None
+        if self._epoll is not None:
+            loop.add_reader(self._epoll.fileno(), self._on_readable)
+
+    def close(self) -> None:
+        """Follow nobody any more and give all descriptors back."""
+        for sid in tuple(self._followed):
+            self.follow(sid, frozenset())
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._epoll is not None:
+            self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+
+    def follow(self, sid: str, processes: frozenset[ProcessId]) -> None:
+        """Follow exactly these processes for a session, and no others any more."""
+        followed = self._followed.get(sid)
+        if followed is None:
+            if not processes:
+                return
+            followed = self._followed[sid] = {}
+        for process in followed.keys() - processes:
+            self._drop(followed.pop(process))
+        for process in processes - followed.keys():
+            followed[process] = self._add(sid, process)
+        if not followed:
+            del self._followed[sid]
+
+    def _add(self, sid: str, process: ProcessId) -> int | None:
+        pidfd = self._open(process)
+        if pidfd is None or self._epoll is None:
+            self._poll_soon()
+            return None
+        self._by_pidfd[pidfd] = (sid, process)
+        self._epoll.register(pidfd, select.EPOLLIN)
+        return pidfd
+
+    def _open(self, process: ProcessId) -> int | None:
+        """A pidfd that is this very process's, or None: then polling finds out its fate."""
+        try:
+            pidfd = open_pidfd(process.pid)
+        except OSError as error:
+            self._tell_degraded(str(error.strerror))
+            return None
+        facts = self._processes.facts(process.pid)
+        if pidfd is None:
+            if facts.process == process:
+                self._tell_degraded("this system has no pidfds")
+            return None
+        if facts.process != process:
+            os.close(pidfd)
+            return None
+        return pidfd
+
+    def _tell_degraded(self, reason: str) -> None:
+        if self._degraded is not None:
+            self._degraded(reason)
+            self._degraded = None
+
+    def _drop(self, pidfd: int | None) -> None:
+        if pidfd is None:
+            return
+        self._by_pidfd.pop(pidfd, None)
+        if self._epoll is not None:
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(pidfd)
+        os.close(pidfd)
+
+    def _on_readable(self) -> None:
+        if self._epoll is None:
+            return
+        for pidfd, _ in self._epoll.poll(0):
+            if owner := self._by_pidfd.get(pidfd):
+                self._exited(*owner)
+
+    def _exited(self, sid: str, process: ProcessId) -> None:
+        self.follow(sid, frozenset(self._followed.get(sid, {})) - {process})
+        self._notice(sid, process)
+
+    def _poll_soon(self, delay: float = 0.0) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(delay, self._poll)
+
+    def _poll(self) -> None:
+        self._timer = None
+        polled = [
+            (sid, process)
+            for sid, followed in self._followed.items()
+            for process, pidfd in followed.items()
+            if pidfd is None
+        ]
+        for sid, process in polled:
+            if self._processes.facts(process.pid).process != process:
+                self._exited(sid, process)
+        if any(pidfd is None for each in self._followed.values() for pidfd in each.values()):
+            self._poll_soon(POLL_PERIOD)

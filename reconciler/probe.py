@@ -1,0 +1,191 @@
+"""One look at one session: its files and its processes become an `Observation`.
+
+Facts only. What follows from them is decided elsewhere; nothing is changed here. The
+previous look is the only memory: an entry that did not change keeps its age, a process
+that was proven and is still the same stays proven.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from reconciler.agents import AgentProbe, Agents
+from reconciler.folder import Folder
+from reconciler.identity import KNOWN_PROGRAMS, NOBODY, NOT_ASKED, Asked, Identity
+from reconciler.layout import Role, check_sid, file_name
+from reconciler.processes import SYSTEM, Processes
+from reconciler.registry import Registry
+from reconciler.state import (
+    Agent,
+    AgentState,
+    Entry,
+    EntryKind,
+    Keeper,
+    KeeperState,
+    Listening,
+    Observation,
+)
+
+
+class Probe:
+    """Looks at the sessions of one folder.
+
+    Args:
+        folder: the sessions folder, open.
+        programs: base names of known keeper programs.
+        registry: the dashboard's spawn registry, or None not to ask it.
+        agent_probe: the caller's own word on agents, asked first.
+        processes: how the system is asked.
+
+    Attributes:
+        folder: the folder.
+        identity: the proofs that go with it.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        *,
+        programs: frozenset[str] = KNOWN_PROGRAMS,
+        registry: Registry | None = None,
+        agent_probe: AgentProbe | None = None,
+        processes: Processes = SYSTEM,
+    ) -> None:
+        self.folder = folder
+        self.identity = Identity(folder, programs, processes)
+        self._agents = Agents(programs, registry, agent_probe, processes)
+        self._processes = processes
+
+    def look(
+        self,
+        sid: str,
+        before: Observation | None = None,
+        *,
+        now: float | None = None,
+        scanned: Iterable[int] = (),
+    ) -> Observation:
+        """Look at one session now.
+
+        Args:
+            sid: the session's id.
+            before: the look before this one, if there was one in this folder.
+            now: monotonic seconds; the clock's own when left out.
+            scanned: pids of keepers for this session that a `scan` has found.
+        """
+        check_sid(sid)
+        now = time.monotonic() if now is None else now
+        pid_file, socket, agent_file = self._entries(sid, before, now)
+        claimed = self._claimed(sid, pid_file, before)
+        asked = self._ask(sid, socket, claimed, before)
+        keeper = self._keeper(sid, claimed, asked)
+        rivals = self._rivals(sid, keeper, {*scanned, *_once_proven(before), *_named(asked)})
+        if keeper.state in {KeeperState.NONE, KeeperState.RECYCLED} and rivals:
+            keeper, *rivals = rivals
+        seen = Observation(
+            sid=sid,
+            now=now,
+            pid_file=pid_file,
+            socket=socket,
+            agent_file=agent_file,
+            keeper=keeper,
+            listening=asked.listening,
+            listener=asked.listener,
+            agent=Agent(AgentState.UNKNOWN, now),
+            rivals=tuple(rivals),
+            remote=self.folder.remote,
+            seen_alive=_seen_alive(keeper, pid_file, socket, before),
+        )
+        return replace(seen, agent=self._agents.find(seen, before))
+
+    def scan(self) -> Mapping[str, list[int]]:
+        """The pids of all processes that run a known keeper program, by session id."""
+        return self.identity.scan()
+
+    def _entries(
+        self, sid: str, before: Observation | None, now: float
+    ) -> tuple[Entry, Entry, Entry]:
+        """The pid file first: a keeper binds its socket before it writes that."""
+        pid_file = self.folder.pid_entry(file_name(Role.PID_FILE, sid), now)
+        agent_file = self.folder.pid_entry(file_name(Role.AGENT_PID_FILE, sid), now)
+        if sys.platform == "win32":
+            socket = Entry(EntryKind.ABSENT, now)
+        else:
+            socket = self.folder.socket_entry(file_name(Role.SOCKET, sid), now)
+        if before is None:
+            return pid_file, socket, agent_file
+        return (
+            _aged(pid_file, before.pid_file),
+            _aged(socket, before.socket),
+            _aged(agent_file, before.agent_file),
+        )
+
+    def _claimed(self, sid: str, pid_file: Entry, before: Observation | None) -> Keeper:
+        """Who the pid file names."""
+        if pid_file.kind is not EntryKind.PID:
+            return NOBODY
+        facts = self._processes.facts(pid_file.pid)
+        if before is not None and facts.process is not None:
+            known = before.keeper
+            if known.state is KeeperState.PROVEN and known.process == facts.process:
+                return replace(known, age=facts.age)
+        return self.identity.identify(sid, pid_file.pid, facts)
+
+    def _ask(self, sid: str, socket: Entry, claimed: Keeper, before: Observation | None) -> Asked:
+        """Connect to the socket, unless it is known to be this proven keeper's."""
+        if socket.kind is not EntryKind.SOCKET:
+            return NOT_ASKED
+        if (
+            before is not None
+            and claimed.state is KeeperState.PROVEN
+            and before.socket.file == socket.file
+            and before.listener == claimed.process
+        ):
+            return Asked(Listening.ANSWERED, before.listener, named=True)
+        return self.identity.connect(sid)
+
+    def _keeper(self, sid: str, claimed: Keeper, asked: Asked) -> Keeper:
+        """The session's keeper: who the pid file names, or else who listens."""
+        if claimed.state is KeeperState.PROVEN:
+            return claimed
+        if claimed.state is KeeperState.UNVERIFIABLE and claimed.process != asked.listener:
+            return claimed
+        return self.identity.listening_keeper(sid, asked) or claimed
+
+    def _rivals(self, sid: str, keeper: Keeper, suspects: Iterable[int]) -> list[Keeper]:
+        """Other keepers of this folder for the session, the oldest first."""
+        known = keeper.process.pid if keeper.process else 0
+        found = (self.identity.identify(sid, pid) for pid in suspects if pid != known)
+        proven = [each for each in found if each.state is KeeperState.PROVEN]
+        return sorted(proven, key=lambda each: -each.age)
+
+
+def _aged(entry: Entry, before: Entry) -> Entry:
+    if (before.kind, before.file) == (entry.kind, entry.file):
+        return replace(entry, since=before.since)
+    return entry
+
+
+def _named(asked: Asked) -> Iterable[int]:
+    return (asked.listener.pid,) if asked.named and asked.listener else ()
+
+
+def _once_proven(before: Observation | None) -> Iterable[int]:
+    """The keepers that the look before has proven; files may be gone while they live."""
+    keepers = (before.keeper, *before.rivals) if before else ()
+    return tuple(
+        each.process.pid
+        for each in keepers
+        if each.state is KeeperState.PROVEN and each.process is not None
+    )
+
+
+def _seen_alive(keeper: Keeper, pid_file: Entry, socket: Entry, before: Observation | None) -> bool:
+    """Whether this observer saw the keeper of these very files alive."""
+    if keeper.state is KeeperState.PROVEN:
+        return True
+    if before is None or not before.seen_alive or before.pid_file.file != pid_file.file:
+        return False
+    return not socket.present or before.socket.file == socket.file

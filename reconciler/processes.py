@@ -1,0 +1,432 @@
+"""Who a pid is, when it exits, and signals that cannot miss.
+
+A pid is only a number that the kernel uses again. A process here is a `ProcessId`: the
+pid, when it started by the kernel's boot clock, and the boot. Signals go through a pidfd
+that was opened before the identity was proven, so that they reach that process or none.
+
+`LINUX` reads ``/proc``; `PORTABLE` says the same through psutil, where there is no
+``/proc`` and no pidfd. Both run on Linux, and are tested there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import errno
+import functools
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Final, Protocol, Self
+
+import psutil
+
+from reconciler.state import ProcessId
+
+ARGUMENTS_LIMIT = 128 * 1024
+"""Bytes read of a process's arguments; a keeper's take some hundred."""
+
+ENVIRONMENT_LIMIT = 2 * 1024 * 1024
+"""Bytes read of a process's environment; the kernel allows a quarter of the stack."""
+
+_EXITING = 0x4  # PF_EXITING in the flags of /proc/<pid>/stat
+_KERNEL_THREAD = 0x00200000  # PF_KTHREAD, there too
+_SIGKILL_PENDING = 1 << (signal.SIGKILL - 1)
+_SIGNAL_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
+
+
+class Life(enum.Enum):
+    """Whether a pid stands for a process now."""
+
+    DEAD = "dead"
+    """No such process, or a zombie."""
+    ALIVE = "alive"
+    HIDDEN = "hidden"
+    """There is one, and the system does not let us see it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One look at one pid."""
+
+    life: Life
+    process: ProcessId | None = None
+    parent: int = 0
+    group: int = 0
+    session: int = 0
+    age: float = 0.0
+    """Seconds since it started, by the boot clock."""
+    uid: int = -1
+    dying: bool = False
+    """It is on its way out, or SIGKILL is pending: it will not run its own code again."""
+    kernel: bool = False
+    """A thread of the kernel: it has no arguments, and is nobody's keeper."""
+
+
+DEAD: Final = Facts(Life.DEAD)
+HIDDEN: Final = Facts(Life.HIDDEN)
+
+
+class Processes(Protocol):
+    """How the system is asked about its processes. No call raises for a pid's sake."""
+
+    def facts(self, pid: int) -> Facts:
+        """Look at one pid."""
+
+    def arguments(self, pid: int) -> tuple[str, ...] | None:
+        """The arguments, the program first; None when they cannot be read or are gone."""
+
+    def variable(self, pid: int, name: str) -> str | None:
+        """A variable of the environment that the process started with.
+
+        An empty string when it is not set, None when the environment cannot be read.
+        """
+
+    def children(self, pid: int) -> tuple[int, ...] | None:
+        """The pids of its children, zombies among them; None when they cannot be read."""
+
+    def holds(self, pid: int, files: Collection[tuple[int, int]]) -> bool | None:
+        """Whether it has one of these open, by device and inode; None: cannot be told."""
+
+    def foreign(self, pid: int) -> bool:
+        """Whether it is known to live in another pid namespace than we do."""
+
+    def pids(self) -> Iterable[int]:
+        """All pids there are."""
+
+
+@functools.cache
+def boot_id() -> str:
+    """An id of this boot of the machine."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+    return str(int(psutil.boot_time()))
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class _Linux:
+    """Processes by ``/proc``, a few reads each and no walk over all of them."""
+
+    _tick = os.sysconf("SC_CLK_TCK") if sys.platform == "linux" else 100
+
+    def facts(self, pid: int) -> Facts:
+        try:
+            descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return HIDDEN if _exists(pid) else DEAD
+        try:
+            line, uid = os.read(descriptor, 4096), os.fstat(descriptor).st_uid
+        except ProcessLookupError:
+            return DEAD
+        finally:
+            os.close(descriptor)
+        # The name in parentheses may hold anything, so the fields count from the last one.
+        fields = line[line.rindex(b")") + 2 :].split()
+        if fields[0] in b"ZX" and int(fields[17]) <= 1:
+            return DEAD
+        started, flags = int(fields[19]), int(fields[6])
+        return Facts(
+            Life.ALIVE,
+            ProcessId(pid, started, boot_id()),
+            parent=int(fields[1]),
+            group=int(fields[2]),
+            session=int(fields[3]),
+            age=time.clock_gettime(time.CLOCK_BOOTTIME) - started / self._tick,
+            uid=uid,
+            dying=bool(flags & _EXITING or int(fields[28]) & _SIGKILL_PENDING),
+            kernel=bool(flags & _KERNEL_THREAD),
+        )
+
+    def arguments(self, pid: int) -> tuple[str, ...] | None:
+        text = _read(f"/proc/{pid}/cmdline", ARGUMENTS_LIMIT)
+        if not text:
+            return None
+        return tuple(os.fsdecode(part) for part in text.removesuffix(b"\0").split(b"\0"))
+
+    def variable(self, pid: int, name: str) -> str | None:
+        text = _read(f"/proc/{pid}/environ", ENVIRONMENT_LIMIT)
+        if not text:
+            return None
+        wanted = os.fsencode(name) + b"="
+        for part in text.split(b"\0"):
+            if part.startswith(wanted):
+                return os.fsdecode(part[len(wanted) :])
+        return ""
+
+    def children(self, pid: int) -> tuple[int, ...] | None:
+        try:
+            threads = os.listdir(f"/proc/{pid}/task")
+        except OSError:
+            return None
+        texts = [_read(f"/proc/{pid}/task/{thread}/children", 65536) for thread in threads]
+        if None in texts:
+            return None
+        return tuple(int(child) for text in texts if text for child in text.split())
+
+    def holds(self, pid: int, files: Collection[tuple[int, int]]) -> bool | None:
+        try:
+            names = os.listdir(f"/proc/{pid}/fd")
+        except OSError:
+            return None
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.stat(f"/proc/{pid}/fd/{name}")
+                if (status.st_dev, status.st_ino) in files:
+                    return True
+        return False
+
+    def foreign(self, pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/{pid}/ns/pid") != _own_namespace()
+        return False
+
+    def pids(self) -> Iterable[int]:
+        return psutil.pids()
+
+
+@functools.cache
+def _own_namespace() -> str:
+    return os.readlink("/proc/self/ns/pid")
+
+
+def _read(path: str, limit: int) -> bytes | None:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(limit)
+    except OSError:
+        return None
+
+
+class _Portable:
+    """Processes by psutil: macOS and Windows, and Linux without ``/proc/<pid>/task``."""
+
+    def facts(self, pid: int) -> Facts:
+        try:
+            process = psutil.Process(pid)
+            with process.oneshot():
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    return DEAD
+                created = process.create_time()
+                return Facts(
+                    Life.ALIVE,
+                    ProcessId(pid, round(created * 1_000_000), boot_id()),
+                    parent=process.ppid(),
+                    group=_or_zero(os.getpgid, pid),
+                    session=_or_zero(os.getsid, pid),
+                    age=max(0.0, time.time() - created),
+                    uid=process.uids().effective,
+                )
+        except psutil.NoSuchProcess:
+            return DEAD
+        except (psutil.Error, OSError, ValueError, OverflowError):
+            return HIDDEN if _exists(pid) else DEAD
+
+    def arguments(self, pid: int) -> tuple[str, ...] | None:
+        try:
+            return tuple(psutil.Process(pid).cmdline()) or None
+        except (psutil.Error, OSError):
+            return None
+
+    def variable(self, pid: int, name: str) -> str | None:
+        try:
+            return psutil.Process(pid).environ().get(name, "")
+        except (psutil.Error, OSError):
+            return None
+
+    def children(self, pid: int) -> tuple[int, ...] | None:
+        try:
+            return tuple(child.pid for child in psutil.Process(pid).children())
+        except psutil.Error:
+            return None
+
+    def holds(self, pid: int, files: Collection[tuple[int, int]]) -> bool | None:
+        try:
+            paths = [file.path for file in psutil.Process(pid).open_files()]
+        except (psutil.Error, OSError):
+            return None
+        for path in paths:
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                if (status.st_dev, status.st_ino) in files:
+                    return True
+        return False
+
+    def foreign(self, pid: int) -> bool:  # noqa: ARG002 - these systems have no such thing
+        return False
+
+    def pids(self) -> Iterable[int]:
+        return psutil.pids()
+
+
+def _or_zero(function: Callable[[int], int], pid: int) -> int:
+    try:
+        return function(pid)
+    except OSError:
+        return 0
+
+
+LINUX: Final[Processes] = _Linux()
+PORTABLE: Final[Processes] = _Portable()
+SYSTEM: Final[Processes] = LINUX if sys.platform == "linux" else PORTABLE
+"""What this system is asked by."""
+
+
+def has_exited(pidfd: int) -> bool:
+    """Whether the process of a pidfd is dead; a zombie is."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+class Target:
+    """A process that a signal cannot miss. Close it, or use it as a context manager.
+
+    It is opened for a process whose identity was proven before; the proof is asked for
+    again after the pidfd is open, and only then may a signal go out. Where there is no
+    pidfd the proof is asked for before each signal, which leaves a gap of microseconds.
+    """
+
+    def __init__(
+        self, process: ProcessId, prove: Callable[[], bool], processes: Processes = SYSTEM
+    ) -> None:
+        """Open the process.
+
+        Args:
+            process: whom to hold.
+            prove: says whether the pid is still whom the caller means.
+            processes: how the system is asked.
+
+        Raises:
+            OSError: no descriptor is left. Nothing was signalled, try again later.
+        """
+        self.process = process
+        self._processes = processes
+        self._prove = prove
+        self._pidfd = open_pidfd(process.pid)
+        self._proven = self._is_process() and prove()
+
+    def close(self) -> None:
+        """Let go. May be called twice."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _is_process(self) -> bool:
+        return self._processes.facts(self.process.pid).process == self.process
+
+    @property
+    def proven(self) -> bool:
+        """The process was alive and proven after it was held."""
+        return self._proven
+
+    @property
+    def exited(self) -> bool:
+        """Whether it is dead; a zombie is."""
+        if self._pidfd is not None:
+            return has_exited(self._pidfd)
+        return not self._is_process()
+
+    def send(self, number: signal.Signals, *, group: bool = False) -> bool:
+        """Send a signal; False when it was not sent: not proven, or dead already.
+
+        Args:
+            number: the signal.
+            group: to the whole process group, if the process leads one.
+        """
+        if not self._proven:
+            return False
+        group = group and self._leads()
+        try:
+            if self._pidfd is None:
+                return self._send_by_pid(number, group=group)
+            if group:
+                self._send_to_group(self._pidfd, number)
+            else:
+                signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _leads(self) -> bool:
+        return self._processes.facts(self.process.pid).group == self.process.pid
+
+    def _send_to_group(self, pidfd: int, number: signal.Signals) -> None:
+        try:
+            signal.pidfd_send_signal(pidfd, number, None, _SIGNAL_GROUP)
+        except ProcessLookupError:
+            raise
+        except OSError:  # before Linux 6.9: a group's number is safe while its leader lives
+            if has_exited(pidfd):
+                raise ProcessLookupError from None
+            os.killpg(self.process.pid, number)
+
+    def _send_by_pid(self, number: signal.Signals, *, group: bool) -> bool:
+        if not (self._is_process() and self._prove()):
+            return False
+        (os.killpg if group else os.kill)(self.process.pid, number)
+        return True
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for its end, ``seconds`` at most; whether it is dead."""
+        if self._pidfd is None:
+            return await self._wait_by_polling(seconds)
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._pidfd, _settle, ended)
+        try:
+            async with asyncio.timeout(seconds):
+                await ended
+        except TimeoutError:
+            return self.exited
+        finally:
+            loop.remove_reader(self._pidfd)
+        return True
+
+    async def _wait_by_polling(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self.exited:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A pidfd of a process; None when it is gone, or the system has no pidfds.
+
+    Raises:
+        OSError: the system has pidfds and gives none now (no descriptors left).
+    """
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, ProcessLookupError):
+        return None
+    except OSError as error:
+        if error.errno in {errno.ENOSYS, errno.EPERM, errno.EINVAL}:
+            return None
+        raise
