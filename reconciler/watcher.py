@@ -1,0 +1,292 @@
+"""File events become hints: "look at this session", or "look at all".
+
+A watchdog observer drives it. On Linux its emitter is our own, on watchdog's `InotifyFD`:
+the stock one holds up events behind an unpaired move for 500 ms, keeps silent when the
+kernel's queue overflows, and stops for good when the folder is removed. Here a folder that
+is absent, removed, moved or made again is ordinary life: the chain of folders above it is
+watched too, for their own moving and removal, and for what is missing to appear.
+
+Nobody acts on what an event says: it only names where to look.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from watchdog.events import (
+    DirCreatedEvent,
+    FileClosedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+from watchdog.observers.api import BaseObserver, EventEmitter, EventQueue, ObservedWatch
+
+from reconciler.layout import claims
+
+LOOK_AT_ALL: Final = "*"
+"""The hint to look at every session; no session id can be this."""
+
+Hint = Callable[[str], None]
+"""Takes a session id or `LOOK_AT_ALL`. Called from a thread of the watcher."""
+
+
+class SessionsWatcher:
+    """Watches one sessions folder, whether it exists or not.
+
+    Args:
+        folder: the path to watch.
+        hint: called with each hint, from a thread of the watcher.
+        complain: called with the reason when the folder cannot be watched; the resync
+            then has to do.
+    """
+
+    def __init__(
+        self, folder: Path, hint: Hint, complain: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._folder = folder.absolute()
+        self._handler = _Handler(hint)
+        self._complain = complain
+        self._observer: BaseObserver | None = None
+
+    def start(self) -> None:
+        """Begin to watch. All that happens from now on brings a hint."""
+        self._observer = _observer(self._complain)
+        self._observer.schedule(self._handler, str(self._folder), recursive=False)
+        self._observer.start()
+
+    def stop(self) -> None:
+        """End the watch and its threads. May be called twice."""
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer.join()
+            self._observer = None
+
+    def recheck(self) -> None:
+        """Make sure that what is watched is what the path leads to now (for the resync)."""
+        for emitter in self._observer.emitters if self._observer else ():
+            recheck: Callable[[], None] = getattr(emitter, "recheck", _nothing)
+            recheck()
+
+
+def _nothing() -> None:
+    """Stock emitters have nothing to check."""
+
+
+class _Handler(FileSystemEventHandler):
+    def __init__(self, hint: Hint) -> None:
+        self._hint = hint
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        if event.is_directory:
+            self._hint(LOOK_AT_ALL)
+            return
+        for path in (event.src_path, event.dest_path):
+            if path and (sid := claims(os.path.basename(os.fsdecode(path)))):
+                self._hint(sid)
+
+
+if sys.platform == "linux":
+    from watchdog.observers.inotify_c import (
+        CallbackId,
+        InotifyConstants,
+        InotifyEvent,
+        InotifyFD,
+        Mask,
+        WatchDescriptor,
+    )
+
+    _SELF = Mask(InotifyConstants.IN_DELETE_SELF | InotifyConstants.IN_MOVE_SELF)
+    _ENTRIES = Mask(
+        _SELF
+        | InotifyConstants.IN_CREATE
+        | InotifyConstants.IN_DELETE
+        | InotifyConstants.IN_MOVE
+        | InotifyConstants.IN_ATTRIB
+        | InotifyConstants.IN_CLOSE_WRITE
+        | InotifyConstants.IN_EXCL_UNLINK
+        | InotifyConstants.IN_ONLYDIR
+    )
+    _APPEARING = Mask(
+        _SELF
+        | InotifyConstants.IN_CREATE
+        | InotifyConstants.IN_MOVED_TO
+        | InotifyConstants.IN_ATTRIB
+        | InotifyConstants.IN_ONLYDIR
+    )
+    _ABOVE = Mask(_SELF | InotifyConstants.IN_ONLYDIR)
+    _OURS = CallbackId(1)
+
+    Chain = tuple[tuple[str, int, int], ...]
+    """The existing folders from the root down, each with device and inode."""
+
+    class _Laid:
+        """One laying of the chain: an inotify instance and what its watches mean."""
+
+        def __init__(self, emitter: _FolderEmitter, chain: Chain) -> None:
+            self.emitter = emitter
+            self.chain = chain
+            self._inotify = InotifyFD()
+            self._current = True
+            try:
+                self._add_watches(str(emitter.watch.path))
+                self._inotify.start()
+            except OSError:
+                self._inotify.stop()
+                raise
+
+        def _add_watches(self, target: str) -> None:
+            below = [path for path, _, _ in self.chain[1:]]
+            for (path, _, _), child in zip(self.chain, [*below, None], strict=True):
+                link: _FolderAbove
+                if path == target:
+                    mask, link = _ENTRIES, _SessionsFolder(self, path)
+                elif child is not None:
+                    mask, link = _ABOVE, _FolderAbove(self, None)
+                else:
+                    missing = Path(target).parts[len(self.chain)]
+                    mask, link = _APPEARING, _FolderAbove(self, os.fsencode(missing))
+                self._inotify.add_callback(os.fsencode(path), mask, link, _OURS)
+
+        def changed(self) -> None:
+            """Something of the chain moved, went or appeared."""
+            if self._current:
+                self.emitter.rearm()
+
+        def stop(self) -> None:
+            self._current = False
+            self._inotify.stop()
+
+    class _FolderAbove:
+        """A watch on a folder above: its own fate, and what is to appear in it."""
+
+        def __init__(self, laid: _Laid, awaited: bytes | None) -> None:
+            self._laid = laid
+            self._awaited = awaited
+
+        def on_event(self, event: InotifyEvent) -> None:
+            if not event.name or event.name == self._awaited:
+                self._laid.changed()
+
+        def on_watch_deleted(self, wd: WatchDescriptor) -> None:
+            del wd
+            self._laid.changed()
+
+        def on_queue_overflow(self) -> None:
+            self._laid.changed()
+
+    class _SessionsFolder(_FolderAbove):
+        """The watch on the sessions folder itself."""
+
+        def __init__(self, laid: _Laid, path: str) -> None:
+            super().__init__(laid, None)
+            self._path = path
+
+        def on_event(self, event: InotifyEvent) -> None:
+            if not event.name:
+                self._laid.changed()
+            elif claims(name := os.fsdecode(event.name)):
+                self._laid.emitter.queue_event(FileClosedEvent(os.path.join(self._path, name)))
+
+        def on_queue_overflow(self) -> None:
+            self._laid.emitter.ask_for_all()
+
+    class _FolderEmitter(EventEmitter):
+        """Watches the folder's entries and the chain above it, straight from the kernel.
+
+        Its own thread sleeps until the chain may have changed, and lays it anew. Events of
+        entries go to the observer's queue from the thread that reads them.
+        """
+
+        def __init__(
+            self,
+            event_queue: EventQueue,
+            watch: ObservedWatch,
+            *,
+            timeout: float = 1.0,
+            event_filter: list[type[FileSystemEvent]] | None = None,
+            complain: Callable[[str], None] = lambda _: None,
+        ) -> None:
+            super().__init__(event_queue, watch, timeout=timeout, event_filter=event_filter)
+            self._complain = complain
+            self._changed = threading.Event()
+            self._lock = threading.Lock()
+            self._laid: _Laid | None = None
+
+        def on_thread_start(self) -> None:
+            self._lay()
+
+        def on_thread_stop(self) -> None:
+            self._changed.set()
+            with self._lock:
+                if self._laid is not None:
+                    self._laid.stop()
+
+        def queue_events(self, timeout: float) -> None:
+            del timeout
+            self._changed.wait()
+            self._changed.clear()
+            self._lay()
+
+        def rearm(self) -> None:
+            """The chain may have changed: lay it anew, in the emitter's thread."""
+            self._changed.set()
+
+        def recheck(self) -> None:
+            """Lay the chain anew if the path leads elsewhere than when it was laid."""
+            if self._laid is None or self._laid.chain != _chain(str(self.watch.path)):
+                self.rearm()
+
+        def ask_for_all(self) -> None:
+            """Events may have been lost."""
+            self.queue_event(DirCreatedEvent(str(self.watch.path)))
+
+        def _lay(self) -> None:
+            """Watch the chain as it is now, then ask for a full look.
+
+            The watches come first and the look after them, so that nothing falls in
+            between; a chain that changed while it was laid is laid once more.
+            """
+            with self._lock:
+                if not self.should_keep_running():
+                    return
+                before, chain = self._laid, _chain(str(self.watch.path))
+                try:
+                    self._laid = _Laid(self, chain)
+                except OSError as error:
+                    self._laid = None
+                    self._complain(f"{self.watch.path} cannot be watched: {error.strerror}")
+                if before is not None:
+                    before.stop()
+            if self._laid is not None and _chain(str(self.watch.path)) != chain:
+                self.rearm()
+            self.ask_for_all()
+
+    def _chain(target: str) -> Chain:
+        """The folders from the root to ``target`` that are there and can be watched."""
+        chain = []
+        for path in (*reversed(Path(target).parents), Path(target)):
+            try:
+                status = os.stat(path)
+            except OSError:
+                break
+            if not stat.S_ISDIR(status.st_mode) or not os.access(path, os.R_OK | os.X_OK):
+                break
+            chain.append((str(path), status.st_dev, status.st_ino))
+        return tuple(chain)
+
+    def _observer(complain: Callable[[str], None]) -> BaseObserver:
+        return BaseObserver(_FolderEmitter, complain=complain)
+
+else:
+
+    def _observer(complain: Callable[[str], None]) -> BaseObserver:
+        from watchdog.observers import Observer  # noqa: PLC0415 - Linux does without it
+
+        del complain
+        return Observer()
