@@ -1,0 +1,141 @@
+"""Carrying out a plan: signals by the ladder, removals, adoptions.
+
+Every action proves once more, at the moment of acting, what the look has seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+from reconciler.ladder import Ladder, end
+from reconciler.layout import Role, file_name
+from reconciler.probe import Probe
+from reconciler.processes import SYSTEM, Processes, Target
+from reconciler.removal import Removal, remove
+from reconciler.state import (
+    Action,
+    Adopt,
+    Observation,
+    ProcessId,
+    Rebind,
+    Remove,
+    StopAgent,
+    StopKeeper,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of one action."""
+
+    action: Action
+    success: bool
+    detail: str
+    duration: float
+    """Seconds."""
+
+
+class Effects:
+    """Acts on the sessions of one folder.
+
+    Args:
+        probe: looks at that folder, and holds the proofs.
+        ladder: how processes are ended.
+        processes: how the system is asked.
+    """
+
+    def __init__(
+        self, probe: Probe, ladder: Ladder | None = None, processes: Processes = SYSTEM
+    ) -> None:
+        self._probe = probe
+        self._ladder = ladder or Ladder()
+        self._processes = processes
+
+    def instant(self, seen: Observation, action: Remove | Rebind | Adopt) -> Done:
+        """Carry out an action that needs no waiting.
+
+        Raises:
+            OSError: the system refused; nothing was left half done.
+        """
+        start = time.monotonic()
+        success, detail = self._act(seen.sid, action)
+        return Done(action, success, detail, time.monotonic() - start)
+
+    def _act(self, sid: str, action: Remove | Rebind | Adopt) -> tuple[bool, str]:
+        match action:
+            case Remove():
+                removal = remove(self._probe.folder, sid, action.entries)
+                return removal.complete, _told(removal)
+            case Rebind():
+                told = self._rebind(sid, action.process)
+                return told, "told to bind again" if told else "not the keeper any more"
+            case Adopt():
+                written = self._adopt(sid, action)
+                return written, "pid file written" if written else "the pid file has changed"
+
+    async def stop(self, seen: Observation, action: StopKeeper | StopAgent) -> Done:
+        """End a process by the ladder, and return when it is dead or nothing more can be done.
+
+        Raises:
+            OSError: no descriptor is left to hold the process by. Nothing was signalled.
+        """
+        start = time.monotonic()
+        at_once = isinstance(action, StopKeeper) and action.at_once
+        group = isinstance(action, StopKeeper)
+        with self._target(seen, action) as target:
+            left = self._children(action.process) if at_once and target.proven else ()
+            success, detail = await end(target, self._ladder, group=group, at_once=at_once)
+        for child in left:
+            with Target(child, lambda: True, self._processes) as target:
+                await end(target, self._ladder)
+        return Done(action, success, detail, time.monotonic() - start)
+
+    def _target(self, seen: Observation, action: StopKeeper | StopAgent) -> Target:
+        def prove() -> bool:
+            if isinstance(action, StopKeeper):
+                return self._probe.identity.proves_keeper(seen.sid, action.process)
+            return seen.agent.proven and seen.agent.process == action.process
+
+        return Target(action.process, prove, self._processes)
+
+    def _children(self, process: ProcessId) -> tuple[ProcessId, ...]:
+        """What a keeper that gets no chance to end its agent would leave behind."""
+        pids = self._processes.children(process.pid) or ()
+        facts = (self._processes.facts(pid) for pid in pids)
+        return tuple(each.process for each in facts if each.process and each.parent == process.pid)
+
+    def _rebind(self, sid: str, process: ProcessId) -> bool:
+        def prove() -> bool:
+            return self._probe.identity.proves_keeper(sid, process)
+
+        with Target(process, prove, self._processes) as target:
+            return target.send(signal.SIGHUP)
+
+    def _adopt(self, sid: str, action: Adopt) -> bool:
+        """Write the pid file of a listening keeper, in place of the one that was judged."""
+        folder, name = self._probe.folder, file_name(Role.PID_FILE, sid)
+        if not self._probe.identity.proves_keeper(sid, action.process):
+            return False
+        if action.replaced is not None:
+            removal = remove(folder, sid, ((Role.PID_FILE, action.replaced),))
+            if not removal.complete:
+                return False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(name, flags, 0o600, dir_fd=folder.fd)
+            try:
+                os.write(descriptor, str(action.process.pid).encode())
+            finally:
+                os.close(descriptor)
+            return True
+        return False
+
+
+def _told(removal: Removal) -> str:
+    if removal.locked:
+        return "a keeper holds the session's lock"
+    return ", ".join(f"{role.value} {fate.value}" for role, fate in removal.fates)

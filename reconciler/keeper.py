@@ -1,0 +1,325 @@
+"""The manager of keepers: spawn, stop, discover. It needs no running daemon.
+
+Stopping walks the same way as the background process does, look by look, until nothing
+is left; there is no second way to end a session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reconciler.agents import AgentProbe
+from reconciler.effects import Effects
+from reconciler.errors import (
+    AlreadyRunningError,
+    FolderError,
+    NoSuchSessionError,
+    ReconcilerError,
+    StillAliveError,
+    UnverifiableError,
+)
+from reconciler.folder import Folder
+from reconciler.identity import KNOWN_PROGRAMS
+from reconciler.ladder import Ladder
+from reconciler.layout import check_sid, claims, registry_file, sessions_dir, socket_address
+from reconciler.probe import Probe
+from reconciler.processes import Target
+from reconciler.registry import Registry
+from reconciler.spawning import OUR_KEEPER, KeeperRequest, check, default_environment, start
+from reconciler.state import (
+    Desired,
+    KeeperState,
+    Observation,
+    Plan,
+    Policy,
+    ProcessId,
+    StopAgent,
+    StopKeeper,
+    Verdict,
+    decide,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnedKeeper:
+    """A session that was started."""
+
+    sid: str
+    keeper_pid: int
+    agent_pid: int | None
+    socket: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperEntry:
+    """A session that lives, as discovery gives it."""
+
+    sid: str
+    keeper_pid: int
+    socket: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedSession:
+    """A session that was ended."""
+
+    sid: str
+    keeper_pid: int | None
+    elapsed: float
+    """Seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One look at one session, and what it comes to."""
+
+    seen: Observation
+    plan: Plan
+
+
+def default_sessions_dir() -> Path:
+    """The sessions folder of this user and environment."""
+    return sessions_dir(os.environ, Path.home())
+
+
+class KeeperManager:
+    """Starts, ends and finds the keepers of one sessions folder.
+
+    Args:
+        sessions_dir: the folder; by default the dashboard's.
+        keeper_command: runtime and keeper file that `spawn` runs, without the session id;
+            by default our own keeper. Its file's base name counts as a known program.
+        programs: base names of further keeper programs that others run here.
+        agent_probe: the caller's own word on whether a session's agent lives.
+        policy: the times that decisions depend on.
+        ladder: how processes are ended.
+    """
+
+    def __init__(
+        self,
+        sessions_dir: Path | str | None = None,
+        *,
+        keeper_command: Sequence[str] = OUR_KEEPER,
+        programs: frozenset[str] = frozenset(),
+        agent_probe: AgentProbe | None = None,
+        policy: Policy | None = None,
+        ladder: Ladder | None = None,
+    ) -> None:
+        if not keeper_command:
+            raise ValueError("keeper_command is empty: give the runtime and the keeper's file")
+        self.sessions_dir = Path(sessions_dir or default_sessions_dir()).absolute()
+        self.policy = policy or Policy()
+        self.ladder = ladder or Ladder()
+        self.programs = KNOWN_PROGRAMS | programs | {os.path.basename(keeper_command[-1])}
+        self.agent_probe = agent_probe
+        self._keeper_command = tuple(keeper_command)
+
+    def probe(self, folder: Folder) -> Probe:
+        """What looks at the sessions of an open folder, set up as this manager is."""
+        registry = Registry(registry_file(folder.path))
+        return Probe(
+            folder, programs=self.programs, registry=registry, agent_probe=self.agent_probe
+        )
+
+    async def spawn(
+        self,
+        sid: str | None = None,
+        *,
+        cwd: Path | str | None = None,
+        env: Mapping[str, str] | None = None,
+        agent_command: Sequence[str] = (),
+        capture: bool = False,
+        ready: bool = True,
+        timeout: float = 10.0,  # noqa: ASYNC109 - it is the keeper that is given up, not the call
+    ) -> SpawnedKeeper:
+        """Start a session; returns when its keeper accepts connections and its agent lives.
+
+        Args:
+            sid: the session's id; a new UUID when left out.
+            cwd: where keeper and agent run; this process's when left out.
+            env: the agent's whole environment; this process's when left out.
+            agent_command: program and arguments; ``pi --mode rpc`` when left out.
+            capture: the agent's output goes to the keeper log, else nowhere.
+            ready: also wait until the agent has lived 300 ms, and fail if it does not.
+            timeout: seconds until a keeper that neither comes up nor fails is ended.
+
+        Raises:
+            InvalidSessionIdError, ValueError: a bad argument. Nothing was changed.
+            AgentNotFoundError, AgentExitedError, AlreadyRunningError, FolderError,
+            KeeperStartError: why the session did not start. Nothing of it is left.
+            UnverifiableError: what stands in the folder for it is not ours to replace.
+        """
+        request = KeeperRequest(
+            sid=str(uuid.uuid4()) if sid is None else sid,
+            cwd=Path(cwd or Path.cwd()).absolute(),
+            env=default_environment() if env is None else env,
+            agent_command=tuple(agent_command),
+            capture=capture,
+            keeper_command=self._keeper_command,
+            ready=ready,
+            timeout=timeout,
+        )
+        check(request, self.sessions_dir)
+        with self._made_folder() as folder:
+            probe = self.probe(folder)
+            self._check_free(request.sid, probe)
+            started = await start(request, probe)
+        socket = socket_address(self.sessions_dir, request.sid)
+        return SpawnedKeeper(request.sid, started.pid, started.agent_pid, socket)
+
+    def _check_free(self, sid: str, probe: Probe) -> None:
+        seen = probe.look(sid)
+        if seen.keeper.state is KeeperState.PROVEN and seen.keeper.process is not None:
+            pid = seen.keeper.process.pid
+            raise AlreadyRunningError(f"session {sid} is running already, its keeper is {pid}")
+        plan = decide(seen, Desired.AS_FOUND, self.policy)
+        if plan.verdict in {Verdict.REFUSED, Verdict.UNVERIFIABLE}:
+            raise UnverifiableError(f"session id {sid} cannot be used here: {plan.reason}")
+
+    @contextlib.contextmanager
+    def _made_folder(self) -> Iterator[Folder]:
+        try:
+            self.sessions_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = Folder(self.sessions_dir)
+        except OSError as error:
+            raise FolderError(
+                f"sessions folder {str(self.sessions_dir)!r} cannot be used: {error.strerror}"
+            ) from error
+        with folder:
+            yield folder
+
+    @contextlib.contextmanager
+    def open_folder(self) -> Iterator[Folder | None]:
+        """The sessions folder, open; None when it is not there.
+
+        Raises:
+            FolderError: it is there and cannot be opened.
+        """
+        try:
+            folder = Folder(self.sessions_dir)
+        except FileNotFoundError:
+            yield None
+            return
+        except OSError as error:
+            raise FolderError(
+                f"sessions folder {str(self.sessions_dir)!r} cannot be read: {error.strerror}"
+            ) from error
+        with folder:
+            yield folder
+
+    def find(self) -> list[Finding]:
+        """Look once at every session there is, and judge it. Nothing is changed."""
+        with self.open_folder() as folder:
+            if folder is None:
+                return []
+            probe = self.probe(folder)
+            scanned = probe.scan()
+            sids = {sid for name in folder.names() if (sid := claims(name))}
+            looks = (probe.look(sid, scanned=scanned.get(sid, ())) for sid in sids | set(scanned))
+            return [
+                Finding(seen, decide(seen, Desired.AS_FOUND, self.policy))
+                for seen in sorted(looks, key=lambda seen: seen.sid)
+                if not seen.empty
+            ]
+
+    def inspect(self, sid: str) -> Finding:
+        """Look once at one session, and judge it. Nothing is changed.
+
+        Raises:
+            NoSuchSessionError: nothing of it is there.
+        """
+        check_sid(sid)
+        with self.open_folder() as folder:
+            if folder is not None:
+                probe = self.probe(folder)
+                seen = probe.look(sid, scanned=probe.scan().get(sid, ()))
+                if not seen.empty:
+                    return Finding(seen, decide(seen, Desired.AS_FOUND, self.policy))
+        raise NoSuchSessionError(f"no session {sid} in {self.sessions_dir}")
+
+    async def discover(self) -> list[KeeperEntry]:
+        """The sessions whose keeper lives and whose agent is not known to be gone.
+
+        Nothing is changed: cleaning is the reconciler's.
+        """
+        alive = {Verdict.READY, Verdict.STARTING, Verdict.UNREACHABLE, Verdict.ADOPT}
+        return [
+            KeeperEntry(
+                finding.seen.sid,
+                finding.seen.keeper.process.pid,
+                socket_address(self.sessions_dir, finding.seen.sid),
+            )
+            for finding in self.find()
+            if finding.plan.verdict in alive
+            and finding.seen.keeper.state is KeeperState.PROVEN
+            and finding.seen.keeper.process is not None
+        ]
+
+    async def stop(self, sid: str) -> StoppedSession:
+        """End a session; returns when its processes are dead and its files are gone.
+
+        SIGTERM to the keeper's process group, SIGKILL 2 s later; an agent that outlives its
+        keeper is ended the same way.
+
+        Raises:
+            NoSuchSessionError: nothing of it is there.
+            UnverifiableError: whose its process or file is cannot be proven. Nothing was done.
+            StillAliveError: a process hangs in the kernel and outlives SIGKILL.
+        """
+        check_sid(sid)
+        begun = time.monotonic()
+        with self.open_folder() as folder:
+            if folder is None:
+                raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
+            probe = self.probe(folder)
+            scanned = probe.scan().get(sid, ())
+            seen = probe.look(sid, scanned=scanned)
+            if seen.empty:
+                raise NoSuchSessionError(f"no session {sid} in {self.sessions_dir}")
+            keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
+            await self._stop(seen, probe, Effects(probe, self.ladder))
+        return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun)
+
+    async def _stop(self, seen: Observation, probe: Probe, effects: Effects) -> None:
+        """Look, decide, act, and look again until nothing is left."""
+        failures = 0
+        processes = set(seen.watched)
+        while (plan := decide(seen, Desired.ABSENT, self.policy)).verdict is not Verdict.ABSENT:
+            if not plan.actions and plan.again_after is None:
+                raise UnverifiableError(f"session {seen.sid} was left alone: {plan.reason}")
+            for action in plan.actions:
+                if isinstance(action, StopKeeper | StopAgent):
+                    done = await effects.stop(seen, action)
+                else:
+                    done = effects.instant(seen, action)
+                failures = 0 if done.success else failures + 1
+                if failures >= _STOP_TRIES:
+                    raise _hopeless(seen.sid, done.detail)
+            if plan.again_after is not None or failures:
+                await asyncio.sleep(plan.again_after or _STOP_PAUSE)
+            seen = probe.look(seen.sid, seen)
+            processes |= seen.watched
+        await self.outlast(processes)
+
+    async def outlast(self, processes: Iterable[ProcessId]) -> None:
+        """Wait for those that have been killed and are not yet through with dying."""
+        for process in processes:
+            with Target(process, lambda: False) as target:
+                if not await target.wait(self.ladder.kill_grace):
+                    raise StillAliveError(f"process {process.pid} is alive after SIGKILL")
+
+
+_STOP_TRIES = 20
+_STOP_PAUSE = 0.05
+
+
+def _hopeless(sid: str, detail: str) -> ReconcilerError:
+    error = StillAliveError if "alive" in detail else UnverifiableError
+    return error(f"session {sid} could not be ended: {detail}")

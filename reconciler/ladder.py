@@ -1,0 +1,48 @@
+"""How a process is ended: SIGTERM, a grace, SIGKILL."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from reconciler.processes import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ladder:
+    """Seconds to wait after each signal.
+
+    2 s after SIGTERM are the dashboard's; what SIGKILL does not end in 2 s more hangs in
+    the kernel, and waiting longer would not help.
+    """
+
+    term_grace: float = 2.0
+    kill_grace: float = 2.0
+
+
+async def end(
+    target: Target, ladder: Ladder, *, group: bool = False, at_once: bool = False
+) -> tuple[bool, str]:
+    """End a process and wait until it is dead.
+
+    Args:
+        target: the process, held and proven.
+        ladder: how long to wait after each signal.
+        group: signal the process group that it leads, if it leads one.
+        at_once: SIGKILL alone.
+
+    Returns:
+        Whether it is dead, and how that came in words for a log.
+    """
+    if target.exited:
+        return True, "dead already"
+    if not target.proven:
+        return False, "not proven any more, not signalled"
+    if not at_once:
+        target.send(signal.SIGTERM, group=group)
+        if await target.wait(ladder.term_grace):
+            return True, "ended by SIGTERM"
+    target.send(signal.SIGKILL, group=group)
+    if await target.wait(ladder.kill_grace):
+        return True, "ended by SIGKILL"
+    return False, "alive after SIGKILL"

@@ -1,0 +1,179 @@
+"""Removing what was judged, and nothing that has come since.
+
+Between the look and the removal a new keeper may have come. So an entry is compared, then
+moved to a hidden name, and what was really caught is looked at once more: if it is not
+what was judged it is put back where it was. A keeper of ours cannot even be born
+meanwhile: it and the removal take the same lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from reconciler.folder import Answer, Folder
+from reconciler.layout import Role, claims, file_name, parse_name
+from reconciler.processes import SYSTEM, Life
+from reconciler.state import Entry, EntryKind, FileId
+
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.taken-(?P<remover>[0-9]{1,10})")
+
+
+class Fate(enum.Enum):
+    """What became of one entry."""
+
+    REMOVED = "removed"
+    GONE = "gone"
+    """It was not there any more."""
+    CHANGED = "changed"
+    """Something newer stands there. It was left alone, or put back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What became of a session's entries."""
+
+    fates: tuple[tuple[Role, Fate], ...]
+    locked: bool = False
+    """A keeper for the session lives, is being born or dies right now: nothing was done."""
+
+    @property
+    def complete(self) -> bool:
+        """All that was judged is gone."""
+        return not self.locked and all(fate is not Fate.CHANGED for _, fate in self.fates)
+
+
+def remove(folder: Folder, sid: str, entries: tuple[tuple[Role, FileId], ...]) -> Removal:
+    """Remove these entries of a session, each only if it still is what was judged.
+
+    Raises:
+        OSError: the folder cannot be written to. What was caught was put back.
+    """
+    with _birth_lock(folder, sid) as free:
+        if not free:
+            return Removal((), locked=True)
+        fates = []
+        for role, judged in entries:
+            fates.append((role, _take(folder, file_name(role, sid), judged)))
+            if fates[-1][1] is Fate.CHANGED:
+                break
+        return Removal(tuple(fates))
+
+
+def remove_logs(folder: Folder, sid: str, names: Iterable[str]) -> None:
+    """Remove log files of a session of which no keeper of ours lives."""
+    with _birth_lock(folder, sid) as free:
+        for name in names if free else ():
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=folder.fd)
+
+
+@contextlib.contextmanager
+def _birth_lock(folder: Folder, sid: str) -> Iterator[bool]:
+    """Hold the lock that a keeper of ours holds for life: the one on its log."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(file_name(Role.KEEPER_LOG, sid), flags, dir_fd=folder.fd)
+    except OSError:  # no log, or nothing that a keeper would lock
+        yield True
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _take(folder: Folder, name: str, judged: FileId) -> Fate:
+    here = _look(folder, name)
+    if not here.present:
+        return Fate.GONE
+    hidden = _hidden_name(name)
+    if here.file != judged or folder.status(hidden) is not None:
+        return Fate.CHANGED
+    try:
+        os.rename(name, hidden, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+    except FileNotFoundError:
+        return Fate.GONE
+    try:
+        caught = _look(folder, hidden)
+        if caught.file == judged and not _answers(folder, hidden, caught):
+            os.unlink(hidden, dir_fd=folder.fd)
+            return Fate.REMOVED
+    except OSError:
+        _put_back(folder, hidden, name)
+        raise
+    _put_back(folder, hidden, name)
+    return Fate.CHANGED
+
+
+def _hidden_name(name: str) -> str:
+    return f".{name}.taken-{os.getpid()}"
+
+
+def _look(folder: Folder, name: str) -> Entry:
+    """The entry as a look would see it, by the kind that stands there."""
+    status = folder.status(name)
+    if status is not None and stat.S_ISSOCK(status.st_mode):
+        return folder.socket_entry(name, 0.0)
+    return folder.pid_entry(name, 0.0)
+
+
+def _answers(folder: Folder, name: str, entry: Entry) -> bool:
+    return entry.kind is EntryKind.SOCKET and folder.ask(name).answer is not Answer.REFUSED
+
+
+def _put_back(folder: Folder, hidden: str, name: str) -> None:
+    """Give an entry its name again, unless the name was taken by a newer one meanwhile."""
+    with contextlib.suppress(FileExistsError):
+        os.link(hidden, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd, follow_symlinks=False)
+        os.unlink(hidden, dir_fd=folder.fd)
+
+
+def is_taken(name: str) -> bool:
+    """Whether a name is a hidden one that a removal has given."""
+    return _HIDDEN.fullmatch(name) is not None
+
+
+def recover(folder: Folder, name: str) -> Fate | None:
+    """Finish what a removal that was itself killed has left under a hidden name.
+
+    What lives, or may live, is put back; what is dead is removed.
+
+    Args:
+        folder: the sessions folder.
+        name: a name for which `is_taken` holds.
+
+    Returns:
+        What became of it; None when it was left alone, since its remover is at work.
+    """
+    parts = _HIDDEN.fullmatch(name)
+    if parts is None or claims(original := parts["name"]) is None:
+        return None
+    if SYSTEM.facts(int(parts["remover"])).life is not Life.DEAD:
+        return None
+    entry = _look(folder, name)
+    if not entry.present:
+        return Fate.GONE
+    if entry.kind in {EntryKind.HOSTILE, EntryKind.UNKNOWN}:
+        return None
+    parsed = parse_name(original)
+    dead = (
+        folder.ask(name).answer is Answer.REFUSED
+        if parsed and parsed.role is Role.SOCKET
+        else entry.kind is not EntryKind.PID or SYSTEM.facts(entry.pid).life is Life.DEAD
+    )
+    if not dead:
+        _put_back(folder, name, original)
+        return Fate.CHANGED
+    os.unlink(name, dir_fd=folder.fd)
+    return Fate.REMOVED

@@ -1,0 +1,344 @@
+"""Starting a keeper, and knowing what came of it.
+
+A keeper of ours tells its progress through a pipe (``PI_KEEPER_NOTIFY_FD``), so nothing
+is polled and every failure arrives with its reason. Keepers of another make are watched
+from outside, by their files. Either way the keeper becomes nobody's child: a short-lived
+process in between starts it, so its starter never has a zombie to wait for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reconciler.errors import (
+    AgentExitedError,
+    AgentNotFoundError,
+    AlreadyRunningError,
+    FolderError,
+    KeeperStartError,
+    ReconcilerError,
+)
+from reconciler.ladder import Ladder, end
+from reconciler.layout import KEEPER_PROGRAM, Role, check_sid, file_name, sessions_dir
+from reconciler.probe import Probe
+from reconciler.processes import SYSTEM, Target
+from reconciler.removal import remove_logs
+from reconciler.state import AgentState, KeeperState, Listening, Observation, ProcessId
+
+OUR_KEEPER = (sys.executable, "-I", "-S", str(KEEPER_PROGRAM))
+"""How our keeper is run: isolated, and without ``site``, which halves its start and size."""
+
+AGENT_PROOF = 0.3
+"""Seconds that an agent must live to count as started; the contract's 300 ms."""
+
+_POLL = 0.01
+_TAIL = 2000
+_DETACH = (
+    "import os, sys\n"
+    "if os.fork(): os._exit(0)\n"
+    "os.setsid()\n"
+    "os.write(int(sys.argv[1]), b'{\"pid\":%d}\\n' % os.getpid())\n"
+    "os.close(int(sys.argv[1]))\n"
+    "os.execvp(sys.argv[2], sys.argv[2:])\n"
+)
+_INSIDE = frozenset({"PI_RECONCILER_SESSION", "PI_DASHBOARD_SPAWNED"})
+_TOKEN = "PI_DASHBOARD_SPAWN_TOKEN"  # noqa: S105 - the name of a variable
+_ERRORS: Mapping[str, type[ReconcilerError]] = {
+    "already_running": AlreadyRunningError,
+    "agent_missing": AgentNotFoundError,
+    "agent_exited": AgentExitedError,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeeperRequest:
+    """What to start. All of it is checked before anything is started.
+
+    Attributes:
+        sid: the session's id.
+        cwd: the working directory of keeper and agent; must exist.
+        env: the environment of keeper and agent.
+        agent_command: program and arguments; empty for ``pi --mode rpc``.
+        capture: the agent's output goes to the keeper log, else nowhere.
+        keeper_command: runtime and keeper file, without the session id.
+        ready: wait until the agent has lived 300 ms, not only until the keeper listens.
+        timeout: seconds until a keeper that neither comes up nor fails is ended.
+    """
+
+    sid: str
+    cwd: Path
+    env: Mapping[str, str]
+    agent_command: Sequence[str] = ()
+    capture: bool = False
+    keeper_command: Sequence[str] = OUR_KEEPER
+    ready: bool = True
+    timeout: float = 10.0
+
+    @property
+    def ours(self) -> bool:
+        """Whether the keeper is of our make."""
+        return os.path.basename(self.keeper_command[-1]) == KEEPER_PROGRAM.name
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A keeper that has come up."""
+
+    pid: int
+    agent_pid: int | None
+
+
+def default_environment() -> dict[str, str]:
+    """This process's environment, as a new session should get it.
+
+    Inside the agent of another session that one's single-use token is used up: it is not
+    passed on.
+    """
+    inside = not _INSIDE.isdisjoint(os.environ)
+    return {key: value for key, value in os.environ.items() if not (inside and key == _TOKEN)}
+
+
+def check(request: KeeperRequest, folder: Path) -> None:
+    """Refuse a request that cannot succeed, before anything is started.
+
+    Raises:
+        InvalidSessionIdError, ValueError: the request makes no sense.
+        AgentNotFoundError: the agent's program is not there.
+        FolderError: the folder does not suit the keeper.
+    """
+    check_sid(request.sid)
+    if not request.cwd.is_dir():
+        raise ValueError(f"cwd {str(request.cwd)!r} is not a folder")
+    for key, value in request.env.items():
+        if not key or "=" in key or "\0" in key + value:
+            raise ValueError(f"environment variable {key!r} cannot be set: bad name, or a NUL")
+    if any("\0" in part for part in request.agent_command):
+        raise ValueError("the agent's command holds a NUL character")
+    _check_program(request)
+    _check_address(request, folder)
+
+
+def _check_program(request: KeeperRequest) -> None:
+    program = request.agent_command[0] if request.agent_command else "pi"
+    path = request.env.get("PATH", os.defpath)
+    named = str(request.cwd / program) if "/" in program else program
+    if shutil.which(named, path=path) is None:
+        where = "" if "/" in program else f" in PATH ({path})"
+        raise AgentNotFoundError(
+            f"agent program {program!r} was not found{where}, or may not be run: install it, "
+            "or name another one"
+        )
+
+
+def _check_address(request: KeeperRequest, folder: Path) -> None:
+    path = folder / file_name(Role.SOCKET, request.sid)
+    size = len(os.fsencode(path))
+    limit = 107 if sys.platform == "linux" else 103
+    if size > limit and not request.ours:  # ours binds relative to the folder
+        raise FolderError(
+            f"socket path {str(path)!r} is {size} bytes, over the system's limit of {limit}: "
+            "use a shorter sessions folder"
+        )
+    if not request.ours and _home_of(folder) is None:
+        raise FolderError(
+            f"keeper {request.keeper_command[-1]!r} can only serve a folder that ends in "
+            f".pi/dashboard/sessions, not {str(folder)!r}"
+        )
+
+
+def _home_of(folder: Path) -> Path | None:
+    """The PI_DASHBOARD_HOME that makes a keeper of any make serve this folder, or None."""
+    home = folder.parent.parent.parent
+    return home if sessions_dir({}, home) == folder else None
+
+
+async def start(request: KeeperRequest, probe: Probe) -> Started:
+    """Start a keeper and wait until it has come up.
+
+    Raises:
+        ReconcilerError: why it did not, as its class. Nothing of it is left then.
+    """
+    new_logs = _missing_logs(request, probe)
+    held: list[ProcessId] = []
+    try:
+        async with asyncio.timeout(request.timeout), _launched(request, probe) as notices:
+            if request.ours:
+                return await _told(request, notices, held)
+            return await _watched(request, notices, held, probe)
+    except AlreadyRunningError:
+        raise
+    except TimeoutError:
+        await _abandon(held)
+        told = _tail(request, probe)
+        remove_logs(probe.folder, request.sid, new_logs)
+        raise KeeperStartError(
+            f"the keeper of session {request.sid} neither came up nor failed within "
+            f"{request.timeout:g} s, so it was ended{told}"
+        ) from None
+    except BaseException:
+        await _abandon(held)
+        remove_logs(probe.folder, request.sid, new_logs)
+        raise
+
+
+def _missing_logs(request: KeeperRequest, probe: Probe) -> list[str]:
+    names = [file_name(role, request.sid) for role in (Role.KEEPER_LOG, Role.LAUNCH_LOG)]
+    return [name for name in names if probe.folder.status(name) is None]
+
+
+async def _abandon(held: Sequence[ProcessId]) -> None:
+    """End a keeper that has not come up; its proof is that we started this very process."""
+    for process in held:
+        with Target(process, lambda: True) as target:
+            await end(target, Ladder(), group=True)
+
+
+@contextlib.asynccontextmanager
+async def _launched(request: KeeperRequest, probe: Probe) -> AsyncIterator[asyncio.StreamReader]:
+    """Start the keeper; gives what it, or the process in between, tells through the pipe."""
+    reading, writing = os.pipe()
+    notices = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(notices), os.fdopen(reading, "rb")
+    )
+    try:
+        try:
+            with _launch_log(request, probe) as log:
+                between = _run(request, probe, log, writing)
+        finally:
+            os.close(writing)
+        yield notices
+        between.wait()
+    finally:
+        transport.close()
+
+
+def _run(request: KeeperRequest, probe: Probe, log: int, notify: int) -> subprocess.Popen[bytes]:
+    """Run the process in between. It ends as soon as the keeper goes on by itself."""
+    env = _environment(request)
+    command = [*request.keeper_command, request.sid]
+    folder = probe.folder.path.absolute()
+    if request.ours:
+        env["PI_KEEPER_SESSIONS_DIR"] = str(folder)
+        env["PI_KEEPER_NOTIFY_FD"] = str(notify)
+        env["PI_KEEPER_DETACH"] = "1"
+    else:
+        env["PI_DASHBOARD_HOME"] = str(_home_of(folder))
+        command = [sys.executable, "-I", "-S", "-c", _DETACH, str(notify), *command]
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=request.cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(notify,),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise KeeperStartError(f"{command[0]!r} could not be started: {error}") from error
+
+
+def _environment(request: KeeperRequest) -> dict[str, str]:
+    env = {
+        key: value
+        for key, value in request.env.items()
+        if key not in _INSIDE and not key.startswith("PI_KEEPER_")
+    }
+    if request.agent_command:
+        env["PI_KEEPER_PI_CMD"] = json.dumps(list(request.agent_command[:1]))
+        env["PI_KEEPER_PI_ARGS"] = json.dumps(list(request.agent_command[1:]))
+    if request.capture:
+        env["PI_KEEPER_CAPTURE_PI_OUTPUT"] = "1"
+    for name in ("PI_KEEPER_LOG_MAX_BYTES", "PI_KEEPER_LOG_CHECK_INTERVAL_MS"):
+        if name in request.env:
+            env[name] = request.env[name]
+    return env
+
+
+@contextlib.contextmanager
+def _launch_log(request: KeeperRequest, probe: Probe) -> Iterator[int]:
+    """The launch log, for what a keeper says before it has a log of its own."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    name = file_name(Role.LAUNCH_LOG, request.sid)
+    try:
+        log = os.open(name, flags, 0o600, dir_fd=probe.folder.fd)
+    except OSError as error:
+        raise FolderError(
+            f"sessions folder {str(probe.folder.path)!r} is not usable: cannot write {name}: "
+            f"{error.strerror}"
+        ) from error
+    try:
+        yield log
+    finally:
+        os.close(log)
+
+
+async def _told(
+    request: KeeperRequest, notices: asyncio.StreamReader, held: list[ProcessId]
+) -> Started:
+    """Follow what a keeper of ours says of itself."""
+    last = "ready" if request.ready else "listening"
+    while line := await notices.readline():
+        notice = json.loads(line)
+        _hold(notice.get("pid"), held)
+        if notice["event"] == "failed":
+            error = _ERRORS.get(notice["reason"], KeeperStartError)
+            raise error(f"session {request.sid}: {notice['detail']}")
+        if notice["event"] == last:
+            return Started(notice["pid"], notice.get("agent_pid"))
+    raise KeeperStartError(f"the keeper of session {request.sid} died while it started")
+
+
+def _hold(pid: object, held: list[ProcessId]) -> None:
+    if isinstance(pid, int) and not held and (process := SYSTEM.facts(pid).process):
+        held.append(process)
+
+
+async def _watched(
+    request: KeeperRequest, notices: asyncio.StreamReader, held: list[ProcessId], probe: Probe
+) -> Started:
+    """Watch a keeper of another make from outside until it is what it should be."""
+    line = await notices.readline()
+    if line:
+        _hold(json.loads(line)["pid"], held)
+    loop = asyncio.get_running_loop()
+    seen: Observation | None = None
+    alive_since: float | None = None
+    while held and SYSTEM.facts(held[0].pid).process == held[0]:
+        seen = probe.look(request.sid, seen)
+        if seen.keeper.state is KeeperState.PROVEN and seen.keeper.process != held[0]:
+            raise AlreadyRunningError(f"session {request.sid}: its keeper lives")
+        listens = seen.listening is Listening.ANSWERED and seen.pid_file.pid == held[0].pid
+        alive = listens and seen.agent.state is AgentState.ALIVE
+        alive_since = (alive_since or loop.time()) if alive else None
+        proven = alive_since is not None and loop.time() - alive_since >= AGENT_PROOF
+        if proven or (listens and not request.ready):
+            return Started(held[0].pid, seen.agent.process.pid if seen.agent.process else None)
+        await asyncio.sleep(_POLL)
+    raise KeeperStartError(
+        f"the keeper of session {request.sid} ended while it started{_tail(request, probe)}"
+    )
+
+
+def _tail(request: KeeperRequest, probe: Probe) -> str:
+    """The end of what the keeper's logs say, for an error."""
+    for role in (Role.KEEPER_LOG, Role.LAUNCH_LOG):
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with contextlib.suppress(OSError):
+            descriptor = os.open(file_name(role, request.sid), flags, dir_fd=probe.folder.fd)
+            with open(descriptor, "rb") as log:
+                log.seek(max(0, os.fstat(descriptor).st_size - _TAIL))
+                if text := log.read(_TAIL).decode(errors="replace").strip():
+                    return f"; its log ends: {text.splitlines()[-1]}"
+    return ""
