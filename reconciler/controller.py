@@ -1,0 +1,581 @@
+"""The loop: hints → look → decide → act → look again.
+
+All state is the session table, the queue of hints and who is followed; each is brought
+back by one full look, so the process may be killed at any instruction.
+
+Looks and removals are short and run in the event loop, in slices. Ending a process takes
+time: it runs as a task of its own, with its session out of the queue until it is through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from reconciler.effects import Done, Effects
+from reconciler.errors import (
+    FolderLockedError,
+    UnverifiableError,
+)
+from reconciler.exits import Exits
+from reconciler.folder import Folder
+from reconciler.hints import AT_ONCE, Hints
+from reconciler.keeper import KeeperManager, SpawnedKeeper, StoppedSession
+from reconciler.layout import check_sid, claims
+from reconciler.logs import get_logger
+from reconciler.removal import is_taken, recover
+from reconciler.state import (
+    Adopt,
+    Desired,
+    KeeperState,
+    Observation,
+    Plan,
+    ProcessId,
+    Rebind,
+    Remove,
+    Session,
+    SessionTable,
+    StopAgent,
+    StopKeeper,
+    Verdict,
+    decide,
+)
+from reconciler.watcher import LOOK_AT_ALL, SessionsWatcher
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+RESYNC = 60.0
+"""Seconds between two full looks when nothing asks for one; the design's number."""
+
+SLICE = 0.010
+"""Seconds of looking after which the event loop gets its turn."""
+
+_FIRST_RETRY, _LAST_RETRY = 0.1, 60.0
+_TOLD_ONCE = frozenset(
+    {Verdict.REFUSED, Verdict.UNVERIFIABLE, Verdict.MISSING, Verdict.UNREACHABLE}
+)
+_EVENTS: Mapping[type, str] = {
+    Remove: "session.cleaned",
+    StopKeeper: "keeper.stopped",
+    StopAgent: "agent.stopped",
+    Rebind: "keeper.told_to_bind",
+    Adopt: "keeper.adopted",
+}
+
+
+class Reconciler:
+    """Keeps one sessions folder right for as long as it is entered.
+
+    ``async with Reconciler() as reconciler:`` runs the loop in the background.
+
+    Args:
+        manager: the folder, its keepers and the times to go by; by default
+            ``KeeperManager()``.
+        resync: seconds between two full looks.
+        dry_run: decide and tell everything, and do nothing. It takes no lock, so it can
+            run beside a reconciler that acts.
+        logger: where to log; by default the application's structlog, or JSON on stderr.
+
+    Attributes:
+        sessions: the desired and the actual state of every session, readable at any time
+            from the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        manager: KeeperManager | None = None,
+        *,
+        resync: float = RESYNC,
+        dry_run: bool = False,
+        logger: FilteringBoundLogger | None = None,
+    ) -> None:
+        self.manager = manager or KeeperManager()
+        self.sessions = SessionTable()
+        self.dry_run = dry_run
+        self._resync = resync
+        self._log = logger or get_logger()
+        self._hints = Hints()
+        self._inbox: set[str] = set()
+        self._inbox_lock = threading.Lock()
+        self._folder: _Served | None = None
+        self._complaint = ""
+        self._scanned: dict[str, Sequence[int]] = {}
+        self._tries: dict[str, _Tries] = {}
+        self._exited_at: dict[str, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._draining = False
+        self._reconciles = 0
+
+    # Life.
+
+    async def __aenter__(self) -> Self:
+        """Lock the folder if it is there, watch it, and begin.
+
+        Raises:
+            FolderLockedError: another reconciler works on the folder.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._exits = Exits(self._loop, self._on_exit, self._on_degraded)
+        try:
+            self._serve_folder()
+            self._refuse_second()
+        except BaseException:
+            self._close()
+            raise
+        self._watcher = SessionsWatcher(
+            self.manager.sessions_dir, self._hint_from_thread, self._on_unwatchable
+        )
+        self._log.info(
+            "reconciler.started", folder=str(self.manager.sessions_dir), dry_run=self.dry_run
+        )
+        self._watcher.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """End the loop. Keepers, agents and files are left as they are."""
+        self._watcher.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._close()
+        self._log.info("reconciler.stopped", folder=str(self.manager.sessions_dir))
+
+    def _refuse_second(self) -> None:
+        if self._folder is not None and self._folder.locked_by_other:
+            raise FolderLockedError(self._folder.why_not)
+
+    def _close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._exits.close()
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+
+    # What callers ask for.
+
+    async def spawn(self, sid: str | None = None, **options: Any) -> SpawnedKeeper:  # noqa: ANN401 - the manager's
+        """Start a session that is wanted from now on; see `KeeperManager.spawn`."""
+        spawned = await self.manager.spawn(sid, **options)
+        self.sessions.want(spawned.sid, Desired.PRESENT)
+        self._hint(spawned.sid, AT_ONCE)
+        return spawned
+
+    async def stop(self, sid: str) -> StoppedSession:
+        """End a session; returns when its processes are dead and its files are gone.
+
+        Raises:
+            NoSuchSessionError: nothing of it is there.
+            UnverifiableError: whose its process or file is cannot be proven, or this
+                reconciler may not act. Nothing was done.
+        """
+        begun = time.monotonic()
+        seen = self.manager.inspect(check_sid(sid)).seen
+        keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
+        if reason := self._may_not_act():
+            raise UnverifiableError(f"session {sid} was left alone: {reason}")
+        self.sessions.want(sid, Desired.ABSENT)
+        self._hint(sid, AT_ONCE)
+        ended = {Verdict.ABSENT, Verdict.REFUSED, Verdict.UNVERIFIABLE}
+        session = await self.wait_for(sid, lambda row: row.plan is not None and row.phase in ended)
+        if session.phase is not Verdict.ABSENT:
+            raise UnverifiableError(f"session {sid} was left alone: {session.reason}")
+        await self.manager.outlast(seen.watched)
+        return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun)
+
+    async def wait_for(self, sid: str, condition: Callable[[Session], bool]) -> Session:
+        """Wait until a session is as described; put `asyncio.timeout` around it for a bound.
+
+        Args:
+            sid: the session's id.
+            condition: called with the session's row now, and whenever it has changed. A
+                session that is not there has the phase ``ABSENT``.
+        """
+        met: asyncio.Future[Session] = self._loop.create_future()
+
+        def look(session: Session) -> None:
+            if session.sid == sid and not met.done() and condition(session):
+                met.set_result(session)
+
+        unsubscribe = self.sessions.subscribe(look)
+        try:
+            look(self.sessions.row(sid))
+            return await met
+        finally:
+            unsubscribe()
+
+    async def changes(self) -> AsyncIterator[Session]:
+        """Every changed row of the table, as it changes, from now on."""
+        changed: asyncio.Queue[Session] = asyncio.Queue()
+        unsubscribe = self.sessions.subscribe(changed.put_nowait)
+        try:
+            while True:
+                yield await changed.get()
+        finally:
+            unsubscribe()
+
+    async def settled(self) -> None:
+        """Wait until one full look has been done, and all that follows from it.
+
+        What can only be told later than the settle time (a keeper that is slow to show
+        its agent, an action that failed and is to be tried again) is not waited for.
+        """
+        horizon = time.monotonic() + self.manager.policy.settle + 0.5
+        self._hint(LOOK_AT_ALL, AT_ONCE)
+        while (  # noqa: ASYNC110 - the queue, tasks and a thread in one
+            self._inbox or self._tasks or self._draining or self._hints.busy_until(horizon)
+        ):
+            await asyncio.sleep(0.005)
+
+    # Hints come in.
+
+    def _hint(self, key: str, due: float) -> None:
+        self._hints.add(key, due)
+        self._wake()
+
+    def _hint_from_thread(self, key: str) -> None:
+        with self._inbox_lock:
+            first = not self._inbox
+            self._inbox.add(key)
+        if first:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                self._loop.call_soon_threadsafe(self._empty_inbox)
+
+    def _empty_inbox(self) -> None:
+        with self._inbox_lock:
+            keys, self._inbox = self._inbox, set()
+        now = time.monotonic()
+        for key in keys:
+            self._hints.add(key, now)
+        self._wake()
+
+    def _on_exit(self, sid: str, _: ProcessId) -> None:
+        self._exited_at.setdefault(sid, time.monotonic())
+        self._hint(sid, AT_ONCE)
+
+    def _wake(self) -> None:
+        """See to it that `_drain` runs when the next hint is due."""
+        if self._draining:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self._hints.next_due()
+        if due is None:
+            return
+        wait = due - time.monotonic()
+        if wait > 0:
+            self._timer = self._loop.call_later(wait, self._drain)
+        else:
+            self._draining = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        """Look at all sessions that are due, for one slice of time."""
+        self._draining = False
+        end = time.monotonic() + SLICE
+        while (key := self._hints.take(now := time.monotonic())) is not None:
+            if key == LOOK_AT_ALL:
+                self._look_at_all()
+            else:
+                self._reconcile(key)
+            if now > end:
+                break
+        self._wake()
+
+    # One session.
+
+    def _reconcile(self, sid: str) -> None:
+        self._reconciles += 1
+        acting = False
+        try:
+            if self._folder is not None:
+                acting = self._look_and_act(sid, self._folder)
+        except Exception as error:  # noqa: BLE001 - one session's trouble is not the others'
+            self._failed(sid, error)
+        finally:
+            if not acting:
+                self._hints.release(sid)
+
+    def _look_and_act(self, sid: str, served: _Served) -> bool:
+        """Look, decide and act; whether a task has the session in work now."""
+        row = self.sessions.row(sid)
+        seen = served.probe.look(sid, row.seen, scanned=self._scanned.pop(sid, ()))
+        plan = decide(seen, row.desired, self.manager.policy)
+        news = self.sessions.record(seen, plan)
+        self._exits.follow(sid, seen.watched)
+        if plan.again_after is not None:
+            self._hints.add(sid, seen.now + plan.again_after)
+        if news:
+            self._report(seen, plan)
+        if not plan.actions:
+            self._forget(sid, plan)
+            return False
+        if self._may_not_act() or not self._may_try(sid, plan):
+            return False
+        return self._act(seen, plan, served)
+
+    def _forget(self, sid: str, plan: Plan) -> None:
+        self._tries.pop(sid, None)
+        if plan.verdict in {Verdict.ABSENT, Verdict.READY}:
+            self._exited_at.pop(sid, None)
+
+    def _may_try(self, sid: str, plan: Plan) -> bool:
+        """Whether it is time to try: an action that did not help is tried less and less often."""
+        now = time.monotonic()
+        tries = self._tries.get(sid)
+        if tries is not None and tries.actions == plan.actions and now < tries.not_before:
+            self._hints.add(sid, tries.not_before)
+            return False
+        self._try_later(sid, plan.actions)
+        return True
+
+    def _try_later(self, sid: str, actions: tuple[object, ...]) -> float:
+        """Note a try; gives the seconds until the next one of the same kind."""
+        before = self._tries.get(sid)
+        count = before.count + 1 if before is not None and before.actions == actions else 0
+        wait = min(_LAST_RETRY, _FIRST_RETRY * 2.0 ** min(count, 16))
+        not_before = time.monotonic() + wait
+        self._tries[sid] = _Tries(actions, count, not_before)
+        if not actions:
+            self._hints.add(sid, not_before)
+        return wait
+
+    def _failed(self, sid: str, error: Exception) -> None:
+        retry = self._try_later(sid, ())
+        self._tell(self._log.error, "session.failed", sid, error=repr(error), retry_s=retry)
+
+    def _act(self, seen: Observation, plan: Plan, served: _Served) -> bool:
+        slow = [a for a in plan.actions if isinstance(a, StopKeeper | StopAgent)]
+        for action in plan.actions:
+            if isinstance(action, Remove | Rebind | Adopt):
+                self._done(seen, plan, served.effects.instant(seen, action))
+        if slow:
+            task = self._loop.create_task(self._stop(seen, plan, slow, served))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return True
+        if plan.again_after is None:
+            self._hints.add(seen.sid, time.monotonic())
+        return False
+
+    async def _stop(
+        self,
+        seen: Observation,
+        plan: Plan,
+        actions: Sequence[StopKeeper | StopAgent],
+        served: _Served,
+    ) -> None:
+        try:
+            for action in actions:
+                self._done(seen, plan, await served.effects.stop(seen, action))
+            self._hints.add(seen.sid, AT_ONCE)
+        except Exception as error:  # noqa: BLE001 - one session's trouble is not the others'
+            retry = self._try_later(seen.sid, ())
+            self._tell(
+                self._log.error, "session.failed", seen.sid, error=repr(error), retry_s=retry
+            )
+        finally:
+            self._hints.release(seen.sid)
+            self._wake()
+
+    # All sessions.
+
+    def _look_at_all(self) -> None:
+        """Ask for a look at every session that has a file, a keeper or a row."""
+        try:
+            self._serve_folder()
+            self._watcher.recheck()
+            if self._folder is not None:
+                self._hint_all(self._folder)
+        except OSError as error:
+            self._complain("folder.unusable", f"cannot be read: {error.strerror}")
+        finally:
+            self._hints.release(LOOK_AT_ALL)
+            self._hints.add(LOOK_AT_ALL, time.monotonic() + self._resync)
+
+    def _hint_all(self, served: _Served) -> None:
+        now = time.monotonic()
+        names = list(served.folder.names())
+        for name in names:
+            if sid := claims(name):
+                self._hints.add(sid, now)
+            elif is_taken(name) and not self._may_not_act():
+                self._recover(served.folder, name)
+        for sid in self.sessions:
+            self._hints.add(sid, now)
+        task = self._loop.create_task(self._scan(served))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _scan(self, served: _Served) -> None:
+        """Find keepers that have no file: a walk over all processes, beside the loop."""
+        found = await asyncio.to_thread(served.probe.scan)
+        for sid, pids in found.items():
+            row = self.sessions.row(sid)
+            if {row.keeper_pid} != set(pids):
+                self._scanned[sid] = pids
+                self._hint(sid, time.monotonic())
+
+    def _recover(self, folder: Folder, name: str) -> None:
+        try:
+            if fate := recover(folder, name):
+                self._log.warning("removal.recovered", name=name, fate=fate.value)
+        except OSError as error:
+            self._log.error("removal.failed", name=name, error=str(error.strerror))
+
+    def _serve_folder(self) -> None:
+        """Hold the folder that the path leads to now, if any, and its lock."""
+        if self._folder is not None and not self._folder.folder.in_place():
+            self._leave_folder()
+        if self._folder is None:
+            try:
+                folder = Folder(self.manager.sessions_dir)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                self._complain("folder.unusable", f"cannot be opened: {error.strerror}")
+                return
+            self._folder = _Served(folder, self.manager)
+        if not self.dry_run:
+            self._folder.take_lock()
+            self._complain("folder.observed_only", self._folder.why_not)
+
+    def _leave_folder(self) -> None:
+        """The folder is gone or another one stands in its place: what was seen is void."""
+        if self._folder is None:
+            return
+        self._log.warning("folder.gone", folder=str(self.manager.sessions_dir))
+        self._folder.close()
+        self._folder = None
+        self._complaint = ""
+        for sid in tuple(self.sessions):
+            self._exits.follow(sid, frozenset())
+            self.sessions.reset(sid)
+
+    def _may_not_act(self) -> str:
+        if self.dry_run:
+            return "dry run"
+        return self._folder.why_not if self._folder is not None else "there is no folder"
+
+    # Telling.
+
+    def _complain(self, event: str, reason: str) -> None:
+        """Say what is wrong with the folder, once for each reason."""
+        if reason and reason != self._complaint:
+            self._log.warning(event, folder=str(self.manager.sessions_dir), reason=reason)
+        self._complaint = reason
+
+    def _on_degraded(self, reason: str) -> None:
+        self._log.warning("exits.polled", reason=reason)
+
+    def _on_unwatchable(self, reason: str) -> None:
+        self._log.warning("folder.unwatched", reason=reason)
+
+    def _report(self, seen: Observation, plan: Plan) -> None:
+        if plan.actions and self._may_not_act():
+            actions = [type(action).__name__ for action in plan.actions]
+            self._told(self._log.info, "session.planned", seen, plan, actions=actions, dry_run=True)
+        elif plan.verdict in _TOLD_ONCE and not plan.actions:
+            self._told(self._log.warning, f"session.{plan.verdict.value}", seen, plan)
+        else:
+            self._told(self._log.debug, "session.seen", seen, plan)
+
+    def _done(self, seen: Observation, plan: Plan, done: Done) -> None:
+        more: dict[str, object] = {"duration_ms": round(done.duration * 1000, 3)}
+        if not done.success:
+            self._told(
+                self._log.warning,
+                "action.failed",
+                seen,
+                plan,
+                action=type(done.action).__name__,
+                detail=done.detail,
+                **more,
+            )
+            return
+        exited_at = self._exited_at.get(seen.sid)
+        if isinstance(done.action, Remove) and exited_at is not None:
+            more["since_exit_ms"] = round((time.monotonic() - exited_at) * 1000, 3)
+        event = _EVENTS[type(done.action)]
+        self._told(self._log.info, event, seen, plan, detail=done.detail, **more)
+
+    def _told(
+        self,
+        log: Callable[..., Any],
+        event: str,
+        seen: Observation,
+        plan: Plan,
+        **more: object,
+    ) -> None:
+        """One line with the evidence that the verdict stands on."""
+        keeper = seen.keeper.process.pid if seen.keeper.process else seen.pid_file.pid or None
+        evidence = {
+            "keeper": seen.keeper.state.value,
+            "keeper_evidence": seen.keeper.evidence,
+            "pid_file": seen.pid_file.kind.value,
+            "socket": seen.socket.kind.value,
+            "listening": seen.listening.value,
+            "agent": seen.agent.state.value,
+            "agent_pid": seen.agent.process.pid if seen.agent.process else None,
+            "agent_evidence": seen.agent.evidence,
+        }
+        known = {key: value for key, value in evidence.items() if value not in {"", None}}
+        self._tell(
+            log,
+            event,
+            seen.sid,
+            keeper_pid=keeper,
+            reason=plan.reason,
+            verdict=plan.verdict.value,
+            **known,
+            **more,
+        )
+
+    def _tell(self, log: Callable[..., Any], event: str, sid: str, **more: object) -> None:
+        log(event, sid=sid, reconcile_id=self._reconciles, **more)
+
+
+class _Tries:
+    """How often the same actions were tried for a session, and when they may be again."""
+
+    __slots__ = ("actions", "count", "not_before")
+
+    def __init__(self, actions: tuple[object, ...], count: int, not_before: float) -> None:
+        self.actions = actions
+        self.count = count
+        self.not_before = not_before
+
+
+class _Served:
+    """The folder that is served now, and what looks at it and acts on it."""
+
+    def __init__(self, folder: Folder, manager: KeeperManager) -> None:
+        self.folder = folder
+        self.probe = manager.probe(folder)
+        self.effects = Effects(self.probe, manager.ladder)
+        self.why_not = "not locked"
+        self.locked_by_other = False
+
+    def close(self) -> None:
+        self.folder.close()
+
+    def take_lock(self) -> None:
+        """Become the one who acts on the folder, if it may be trusted and is free."""
+        if self.why_not and not (distrust := self.folder.distrust()):
+            self.locked_by_other = not self.folder.lock()
+            holder = self.folder.lock_holder() if self.locked_by_other else None
+            self.why_not = (
+                f"another reconciler (process {holder or 'unknown'}) works on "
+                f"{str(self.folder.path)!r}: stop it, or run with --dry-run"
+                if self.locked_by_other
+                else ""
+            )
+        elif self.why_not:
+            self.why_not = distrust
