@@ -1,1 +1,97 @@
-"""Keeps the keepers of headless pi sessions right."""
+"""Keeps the keepers of headless pi sessions right.
+
+Async first: `KeeperManager` spawns, stops and finds sessions, `RpcWriter` delivers lines
+to them, `Reconciler` runs the loop that keeps a sessions folder right. `reconciler.sync`
+is the same for plain scripts, `reconciler.testing` offers keepers to test against.
+
+A name is imported when it is first used, so ``import reconciler`` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reconciler.controller import Reconciler as Reconciler
+    from reconciler.errors import AgentExitedError as AgentExitedError
+    from reconciler.errors import AgentNotFoundError as AgentNotFoundError
+    from reconciler.errors import AlreadyRunningError as AlreadyRunningError
+    from reconciler.errors import FolderError as FolderError
+    from reconciler.errors import FolderLockedError as FolderLockedError
+    from reconciler.errors import InvalidRequestError as InvalidRequestError
+    from reconciler.errors import KeeperStartError as KeeperStartError
+    from reconciler.errors import NoSuchSessionError as NoSuchSessionError
+    from reconciler.errors import ReconcilerError as ReconcilerError
+    from reconciler.errors import StillAliveError as StillAliveError
+    from reconciler.errors import UnverifiableError as UnverifiableError
+    from reconciler.keeper import Finding as Finding
+    from reconciler.keeper import KeeperEntry as KeeperEntry
+    from reconciler.keeper import KeeperManager as KeeperManager
+    from reconciler.keeper import SpawnedKeeper as SpawnedKeeper
+    from reconciler.keeper import StoppedSession as StoppedSession
+    from reconciler.ladder import Ladder as Ladder
+    from reconciler.layout import InvalidSessionIdError as InvalidSessionIdError
+    from reconciler.rpc_writer import Attempt as Attempt
+    from reconciler.rpc_writer import Delivery as Delivery
+    from reconciler.rpc_writer import InvalidMessageError as InvalidMessageError
+    from reconciler.rpc_writer import ManyDelivery as ManyDelivery
+    from reconciler.rpc_writer import Outcome as Outcome
+    from reconciler.rpc_writer import Reason as Reason
+    from reconciler.rpc_writer import RpcWriter as RpcWriter
+    from reconciler.rpc_writer import StreamBrokenError as StreamBrokenError
+    from reconciler.rpc_writer import WritePolicy as WritePolicy
+    from reconciler.state import Desired as Desired
+    from reconciler.state import Policy as Policy
+    from reconciler.state import Session as Session
+    from reconciler.state import SessionTable as SessionTable
+    from reconciler.state import Verdict as Verdict
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "controller": ("Reconciler",),
+    "errors": (
+        "AgentExitedError",
+        "AgentNotFoundError",
+        "AlreadyRunningError",
+        "FolderError",
+        "FolderLockedError",
+        "InvalidRequestError",
+        "KeeperStartError",
+        "NoSuchSessionError",
+        "ReconcilerError",
+        "StillAliveError",
+        "UnverifiableError",
+    ),
+    "keeper": ("Finding", "KeeperEntry", "KeeperManager", "SpawnedKeeper", "StoppedSession"),
+    "ladder": ("Ladder",),
+    "layout": ("InvalidSessionIdError",),
+    "rpc_writer": (
+        "Attempt",
+        "Delivery",
+        "InvalidMessageError",
+        "ManyDelivery",
+        "Outcome",
+        "Reason",
+        "RpcWriter",
+        "StreamBrokenError",
+        "WritePolicy",
+    ),
+    "state": ("Desired", "Policy", "Session", "SessionTable", "Verdict"),
+}
+_ROOM_OF = {name: room for room, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_ROOM_OF)  # noqa: PLE0605 - a list of strings, made from the table above
+
+
+def __getattr__(name: str) -> object:
+    if (room := _ROOM_OF.get(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOM_OF})

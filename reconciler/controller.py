@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from reconciler.effects import Done, Effects
@@ -28,6 +28,8 @@ from reconciler.keeper import KeeperManager, SpawnedKeeper, StoppedSession
 from reconciler.layout import check_sid, claims
 from reconciler.logs import get_logger
 from reconciler.removal import is_taken, recover
+from reconciler.reports import Reporter
+from reconciler.retries import Retries
 from reconciler.state import (
     Adopt,
     Desired,
@@ -49,23 +51,13 @@ from reconciler.watcher import LOOK_AT_ALL, SessionsWatcher
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+    from reconciler.metrics import Metrics
+
 RESYNC = 60.0
 """Seconds between two full looks when nothing asks for one; the design's number."""
 
 SLICE = 0.010
 """Seconds of looking after which the event loop gets its turn."""
-
-_FIRST_RETRY, _LAST_RETRY = 0.1, 60.0
-_TOLD_ONCE = frozenset(
-    {Verdict.REFUSED, Verdict.UNVERIFIABLE, Verdict.MISSING, Verdict.UNREACHABLE}
-)
-_EVENTS: Mapping[type, str] = {
-    Remove: "session.cleaned",
-    StopKeeper: "keeper.stopped",
-    StopAgent: "agent.stopped",
-    Rebind: "keeper.told_to_bind",
-    Adopt: "keeper.adopted",
-}
 
 
 class Reconciler:
@@ -80,6 +72,8 @@ class Reconciler:
         dry_run: decide and tell everything, and do nothing. It takes no lock, so it can
             run beside a reconciler that acts.
         logger: where to log; by default the application's structlog, or JSON on stderr.
+        metrics: makes the metrics of the session table, for instance
+            `reconciler.metrics.Metrics`; none are kept by default.
 
     Attributes:
         sessions: the desired and the actual state of every session, readable at any time
@@ -93,24 +87,26 @@ class Reconciler:
         resync: float = RESYNC,
         dry_run: bool = False,
         logger: FilteringBoundLogger | None = None,
+        metrics: Callable[[SessionTable], Metrics] | None = None,
     ) -> None:
         self.manager = manager or KeeperManager()
         self.sessions = SessionTable()
         self.dry_run = dry_run
         self._resync = resync
         self._log = logger or get_logger()
+        self._metrics = metrics(self.sessions) if metrics else None
+        self._reporter = Reporter(self._log, self._metrics)
         self._hints = Hints()
         self._inbox: set[str] = set()
         self._inbox_lock = threading.Lock()
         self._folder: _Served | None = None
         self._complaint = ""
         self._scanned: dict[str, Sequence[int]] = {}
-        self._tries: dict[str, _Tries] = {}
+        self._retries = Retries()
         self._exited_at: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
-        self._reconciles = 0
 
     # Life.
 
@@ -292,7 +288,7 @@ class Reconciler:
     # One session.
 
     def _reconcile(self, sid: str) -> None:
-        self._reconciles += 1
+        self._reporter.begin()
         acting = False
         try:
             if self._folder is not None:
@@ -313,7 +309,7 @@ class Reconciler:
         if plan.again_after is not None:
             self._hints.add(sid, seen.now + plan.again_after)
         if news:
-            self._report(seen, plan)
+            self._reporter.judged(seen, plan, acting=not self._may_not_act())
         if not plan.actions:
             self._forget(sid, plan)
             return False
@@ -322,40 +318,30 @@ class Reconciler:
         return self._act(seen, plan, served)
 
     def _forget(self, sid: str, plan: Plan) -> None:
-        self._tries.pop(sid, None)
+        self._retries.forget(sid)
         if plan.verdict in {Verdict.ABSENT, Verdict.READY}:
             self._exited_at.pop(sid, None)
 
     def _may_try(self, sid: str, plan: Plan) -> bool:
-        """Whether it is time to try: an action that did not help is tried less and less often."""
+        """Whether it is time to try: an action that does not help is tried ever less often."""
         now = time.monotonic()
-        tries = self._tries.get(sid)
-        if tries is not None and tries.actions == plan.actions and now < tries.not_before:
-            self._hints.add(sid, tries.not_before)
+        if wait := self._retries.wait(sid, plan.actions, now):
+            self._hints.add(sid, now + wait)
             return False
-        self._try_later(sid, plan.actions)
+        self._retries.note(sid, plan.actions, now)
         return True
 
-    def _try_later(self, sid: str, actions: tuple[object, ...]) -> float:
-        """Note a try; gives the seconds until the next one of the same kind."""
-        before = self._tries.get(sid)
-        count = before.count + 1 if before is not None and before.actions == actions else 0
-        wait = min(_LAST_RETRY, _FIRST_RETRY * 2.0 ** min(count, 16))
-        not_before = time.monotonic() + wait
-        self._tries[sid] = _Tries(actions, count, not_before)
-        if not actions:
-            self._hints.add(sid, not_before)
-        return wait
-
     def _failed(self, sid: str, error: Exception) -> None:
-        retry = self._try_later(sid, ())
-        self._tell(self._log.error, "session.failed", sid, error=repr(error), retry_s=retry)
+        now = time.monotonic()
+        pause = self._retries.note(sid, type(error), now)
+        self._hints.add(sid, now + pause)
+        self._reporter.failed(sid, error, pause)
 
     def _act(self, seen: Observation, plan: Plan, served: _Served) -> bool:
         slow = [a for a in plan.actions if isinstance(a, StopKeeper | StopAgent)]
         for action in plan.actions:
             if isinstance(action, Remove | Rebind | Adopt):
-                self._done(seen, plan, served.effects.instant(seen, action))
+                self._tell_done(seen, plan, served.effects.instant(seen, action))
         if slow:
             task = self._loop.create_task(self._stop(seen, plan, slow, served))
             self._tasks.add(task)
@@ -364,6 +350,11 @@ class Reconciler:
         if plan.again_after is None:
             self._hints.add(seen.sid, time.monotonic())
         return False
+
+    def _tell_done(self, seen: Observation, plan: Plan, done: Done) -> None:
+        exited_at = self._exited_at.get(seen.sid)
+        since_exit = time.monotonic() - exited_at if exited_at is not None else None
+        self._reporter.done(seen, plan, done, since_exit)
 
     async def _stop(
         self,
@@ -374,13 +365,10 @@ class Reconciler:
     ) -> None:
         try:
             for action in actions:
-                self._done(seen, plan, await served.effects.stop(seen, action))
+                self._tell_done(seen, plan, await served.effects.stop(seen, action))
             self._hints.add(seen.sid, AT_ONCE)
         except Exception as error:  # noqa: BLE001 - one session's trouble is not the others'
-            retry = self._try_later(seen.sid, ())
-            self._tell(
-                self._log.error, "session.failed", seen.sid, error=repr(error), retry_s=retry
-            )
+            self._failed(seen.sid, error)
         finally:
             self._hints.release(seen.sid)
             self._wake()
@@ -389,6 +377,8 @@ class Reconciler:
 
     def _look_at_all(self) -> None:
         """Ask for a look at every session that has a file, a keeper or a row."""
+        if self._metrics is not None:
+            self._metrics.looked_at_all()
         try:
             self._serve_folder()
             self._watcher.recheck()
@@ -477,80 +467,6 @@ class Reconciler:
 
     def _on_unwatchable(self, reason: str) -> None:
         self._log.warning("folder.unwatched", reason=reason)
-
-    def _report(self, seen: Observation, plan: Plan) -> None:
-        if plan.actions and self._may_not_act():
-            actions = [type(action).__name__ for action in plan.actions]
-            self._told(self._log.info, "session.planned", seen, plan, actions=actions, dry_run=True)
-        elif plan.verdict in _TOLD_ONCE and not plan.actions:
-            self._told(self._log.warning, f"session.{plan.verdict.value}", seen, plan)
-        else:
-            self._told(self._log.debug, "session.seen", seen, plan)
-
-    def _done(self, seen: Observation, plan: Plan, done: Done) -> None:
-        more: dict[str, object] = {"duration_ms": round(done.duration * 1000, 3)}
-        if not done.success:
-            self._told(
-                self._log.warning,
-                "action.failed",
-                seen,
-                plan,
-                action=type(done.action).__name__,
-                detail=done.detail,
-                **more,
-            )
-            return
-        exited_at = self._exited_at.get(seen.sid)
-        if isinstance(done.action, Remove) and exited_at is not None:
-            more["since_exit_ms"] = round((time.monotonic() - exited_at) * 1000, 3)
-        event = _EVENTS[type(done.action)]
-        self._told(self._log.info, event, seen, plan, detail=done.detail, **more)
-
-    def _told(
-        self,
-        log: Callable[..., Any],
-        event: str,
-        seen: Observation,
-        plan: Plan,
-        **more: object,
-    ) -> None:
-        """One line with the evidence that the verdict stands on."""
-        keeper = seen.keeper.process.pid if seen.keeper.process else seen.pid_file.pid or None
-        evidence = {
-            "keeper": seen.keeper.state.value,
-            "keeper_evidence": seen.keeper.evidence,
-            "pid_file": seen.pid_file.kind.value,
-            "socket": seen.socket.kind.value,
-            "listening": seen.listening.value,
-            "agent": seen.agent.state.value,
-            "agent_pid": seen.agent.process.pid if seen.agent.process else None,
-            "agent_evidence": seen.agent.evidence,
-        }
-        known = {key: value for key, value in evidence.items() if value not in {"", None}}
-        self._tell(
-            log,
-            event,
-            seen.sid,
-            keeper_pid=keeper,
-            reason=plan.reason,
-            verdict=plan.verdict.value,
-            **known,
-            **more,
-        )
-
-    def _tell(self, log: Callable[..., Any], event: str, sid: str, **more: object) -> None:
-        log(event, sid=sid, reconcile_id=self._reconciles, **more)
-
-
-class _Tries:
-    """How often the same actions were tried for a session, and when they may be again."""
-
-    __slots__ = ("actions", "count", "not_before")
-
-    def __init__(self, actions: tuple[object, ...], count: int, not_before: float) -> None:
-        self.actions = actions
-        self.count = count
-        self.not_before = not_before
 
 
 class _Served:

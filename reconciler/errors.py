@@ -7,6 +7,10 @@ class ReconcilerError(Exception):
     """The base of all errors of this package, but for wrong arguments (ValueError)."""
 
 
+class InvalidRequestError(ReconcilerError, ValueError):
+    """An argument that makes no sense. Nothing was changed."""
+
+
 class NoSuchSessionError(ReconcilerError):
     """Nothing of that session is there."""
 

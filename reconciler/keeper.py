@@ -151,7 +151,7 @@ class KeeperManager:
             timeout: seconds until a keeper that neither comes up nor fails is ended.
 
         Raises:
-            InvalidSessionIdError, ValueError: a bad argument. Nothing was changed.
+            InvalidSessionIdError, InvalidRequestError: a bad argument. Nothing was changed.
             AgentNotFoundError, AgentExitedError, AlreadyRunningError, FolderError,
             KeeperStartError: why the session did not start. Nothing of it is left.
             UnverifiableError: what stands in the folder for it is not ours to replace.

@@ -24,6 +24,7 @@ from reconciler.errors import (
     AgentNotFoundError,
     AlreadyRunningError,
     FolderError,
+    InvalidRequestError,
     KeeperStartError,
     ReconcilerError,
 )
@@ -111,18 +112,20 @@ def check(request: KeeperRequest, folder: Path) -> None:
     """Refuse a request that cannot succeed, before anything is started.
 
     Raises:
-        InvalidSessionIdError, ValueError: the request makes no sense.
+        InvalidSessionIdError, InvalidRequestError: the request makes no sense.
         AgentNotFoundError: the agent's program is not there.
         FolderError: the folder does not suit the keeper.
     """
     check_sid(request.sid)
     if not request.cwd.is_dir():
-        raise ValueError(f"cwd {str(request.cwd)!r} is not a folder")
+        raise InvalidRequestError(f"cwd {str(request.cwd)!r} is not a folder")
     for key, value in request.env.items():
         if not key or "=" in key or "\0" in key + value:
-            raise ValueError(f"environment variable {key!r} cannot be set: bad name, or a NUL")
+            raise InvalidRequestError(
+                f"environment variable {key!r} cannot be set: bad name, or a NUL"
+            )
     if any("\0" in part for part in request.agent_command):
-        raise ValueError("the agent's command holds a NUL character")
+        raise InvalidRequestError("the agent's command holds a NUL character")
     _check_program(request)
     _check_address(request, folder)
 

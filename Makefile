@@ -1,0 +1,66 @@
+# Everything is set up by itself: make run, make test. See `make help`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+AGENT_VERSION := 0.74.2
+AGENT := .tools/agent/node_modules/.bin/pi
+ARGS ?=
+JOBS ?= 4
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help run test lint format types campaign agent clean
+
+help: ## Show what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+run: $(VENV)/.run ## Keep the sessions folder right (ARGS="--dry-run" for more)
+	$(BIN)/pi-reconciler run $(ARGS)
+
+test: $(VENV)/.test agent lint ## Lint, types, contracts, all tests, coverage gate
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
+
+lint: $(VENV)/.test types ## Style, and the floors of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.test ## Strict types
+	$(BIN)/mypy
+
+format: $(VENV)/.test ## Put the code into its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+campaign: $(VENV)/.test agent ## The longer races and random histories
+	PI_RECONCILER_CAMPAIGN=1 $(BIN)/pytest -m campaign $(ARGS)
+
+agent: $(AGENT) ## The real pi agent, for the end-to-end tests
+
+# Without npm its tests are skipped, and say so; where CI is set they fail.
+$(AGENT):
+	@if command -v npm >/dev/null; then \
+	  npm install --silent --no-audit --no-fund --no-package-lock --prefix .tools/agent \
+	    @earendil-works/pi-coding-agent@$(AGENT_VERSION); \
+	else echo "npm is missing: the tests with the real agent will be skipped"; fi
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV) || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/pip install --quiet 'pip>=25.1'
+	touch $@
+
+$(VENV)/.run: $(VENV)/.python pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run pyproject.toml
+	$(BIN)/pip install --quiet --group dev
+	touch $@
+
+clean: ## Remove all that was set up
+	rm -rf $(VENV) .tools build dist .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,88 @@
+"""Metrics of the running reconciler, for Prometheus. Loaded only where they are asked for.
+
+They are told, not kept: every figure is counted where its event is logged.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter as Tally
+from collections.abc import Iterator
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from reconciler.state import SessionTable, Verdict
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+class Metrics:
+    """The metrics of one reconciler, in a registry of their own.
+
+    Args:
+        sessions: the table whose phases are counted when the metrics are read.
+
+    Attributes:
+        registry: what to expose.
+    """
+
+    def __init__(self, sessions: SessionTable) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Phases(sessions))
+        self._actions = Counter(
+            "pi_reconciler_actions",
+            "Actions carried out, by event name, reason and result.",
+            ("event", "reason", "result"),
+            registry=self.registry,
+        )
+        self._clean = Histogram(
+            "pi_reconciler_exit_to_clean_seconds",
+            "From the notice of a keeper's death until its files were gone.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._full_looks = Counter(
+            "pi_reconciler_full_looks",
+            "Looks at the whole folder: at start, at lost events, and at every resync.",
+            registry=self.registry,
+        )
+
+    def acted(self, event: str, reason: str, *, success: bool) -> None:
+        """Count one action."""
+        self._actions.labels(event, reason, "success" if success else "failure").inc()
+
+    def cleaned(self, seconds: float) -> None:
+        """Note how long the files of a dead keeper stayed after its death was known."""
+        self._clean.observe(seconds)
+
+    def looked_at_all(self) -> None:
+        """Count one full look."""
+        self._full_looks.inc()
+
+    def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
+        """Expose the metrics over HTTP, in a thread of their own.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        return start_http_server(port, host, registry=self.registry)
+
+
+class _Phases(Collector):
+    """Counts the sessions by phase at the moment of reading, so nothing has to be kept."""
+
+    def __init__(self, sessions: SessionTable) -> None:
+        self._sessions = sessions
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        phases = Tally(session.phase for session in tuple(self._sessions.values()))
+        family = GaugeMetricFamily(
+            "pi_reconciler_sessions", "Sessions known, by phase.", labels=("phase",)
+        )
+        for phase in Verdict:
+            if phase is not Verdict.ABSENT:
+                family.add_metric((phase.value,), phases[phase])
+        yield family

@@ -1,0 +1,127 @@
+"""What is told of sessions: one log line with the evidence, and the metrics.
+
+Every verdict that acts is told with what it stands on; one that only has to be known is
+told once; a quiet world tells nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from reconciler.effects import Done
+from reconciler.state import (
+    Adopt,
+    Observation,
+    Plan,
+    Rebind,
+    Remove,
+    StopAgent,
+    StopKeeper,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from reconciler.metrics import Metrics
+
+_TOLD_ONCE = frozenset(
+    {Verdict.REFUSED, Verdict.UNVERIFIABLE, Verdict.MISSING, Verdict.UNREACHABLE}
+)
+_EVENTS: Mapping[type, str] = {
+    Remove: "session.cleaned",
+    StopKeeper: "keeper.stopped",
+    StopAgent: "agent.stopped",
+    Rebind: "keeper.told_to_bind",
+    Adopt: "keeper.adopted",
+}
+
+
+class Reporter:
+    """Tells of sessions.
+
+    Args:
+        log: where the lines go.
+        metrics: what is counted beside them, if anything.
+    """
+
+    def __init__(self, log: FilteringBoundLogger, metrics: Metrics | None = None) -> None:
+        self._log = log
+        self._metrics = metrics
+        self._reconcile_id = 0
+
+    def begin(self) -> None:
+        """A session is looked at: what is told from here on belongs to this look."""
+        self._reconcile_id += 1
+
+    def judged(self, seen: Observation, plan: Plan, *, acting: bool) -> None:
+        """The judgement of a session is a new one."""
+        if plan.actions and not acting:
+            actions = [type(action).__name__ for action in plan.actions]
+            self._tell(self._log.info, "session.planned", seen, plan, actions=actions)
+        elif plan.verdict in _TOLD_ONCE and not plan.actions:
+            self._tell(self._log.warning, f"session.{plan.verdict.value}", seen, plan)
+        else:
+            self._tell(self._log.debug, "session.seen", seen, plan)
+
+    def done(self, seen: Observation, plan: Plan, done: Done, since_exit: float | None) -> None:
+        """An action was carried out, or could not be."""
+        event = _EVENTS[type(done.action)]
+        if self._metrics is not None:
+            self._metrics.acted(event, plan.reason, success=done.success)
+        more: dict[str, object] = {
+            "detail": done.detail,
+            "duration_ms": round(done.duration * 1000, 3),
+        }
+        if not done.success:
+            action = type(done.action).__name__
+            self._tell(self._log.warning, "action.failed", seen, plan, action=action, **more)
+            return
+        if isinstance(done.action, Remove) and since_exit is not None:
+            more["since_exit_ms"] = round(since_exit * 1000, 3)
+            if self._metrics is not None:
+                self._metrics.cleaned(since_exit)
+        self._tell(self._log.info, event, seen, plan, **more)
+
+    def failed(self, sid: str, error: Exception, retry: float) -> None:
+        """Looking at a session, or acting on it, ended with an error."""
+        self._log.error(
+            "session.failed",
+            sid=sid,
+            keeper_pid=None,
+            reason=f"{type(error).__name__}: {error}",
+            reconcile_id=self._reconcile_id,
+            retry_ms=round(retry * 1000),
+        )
+
+    def _tell(
+        self, log: Callable[..., Any], event: str, seen: Observation, plan: Plan, **more: object
+    ) -> None:
+        log(
+            event,
+            sid=seen.sid,
+            keeper_pid=seen.keeper.process.pid
+            if seen.keeper.process
+            else seen.pid_file.pid or None,
+            reason=plan.reason,
+            reconcile_id=self._reconcile_id,
+            verdict=plan.verdict.value,
+            **_evidence(seen),
+            **more,
+        )
+
+
+def _evidence(seen: Observation) -> dict[str, object]:
+    """What a verdict stands on, without what says nothing."""
+    evidence = {
+        "keeper": seen.keeper.state.value,
+        "keeper_evidence": seen.keeper.evidence,
+        "pid_file": seen.pid_file.kind.value,
+        "socket": seen.socket.kind.value,
+        "listening": seen.listening.value,
+        "agent": seen.agent.state.value,
+        "agent_pid": seen.agent.process.pid if seen.agent.process else None,
+        "agent_evidence": seen.agent.evidence,
+    }
+    return {key: value for key, value in evidence.items() if value not in {"", None}}
