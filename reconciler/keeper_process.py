@@ -20,6 +20,10 @@ What it promises:
   unfinished line stays unread. One exception: a sender of more than 64 bytes that fell silent
   within a line for 100 ms gets its last byte taken too, as with a small send buffer it may be
   waiting for just that; should it break off there, it sees end-of-stream, not a reset.
+* **A key makes sending again safe.** On a connection that begins with ``KEY_MARK`` each line is
+  preceded by a key: ``KEY_MARK key KEY_MARK line LF``. A line whose key is among the newest 1024
+  that went into the pipe is taken, with a receipt, and not forwarded again. That this keeper
+  does so shows in the name its socket is bound by, which every client can ask the kernel for.
 * **A slow agent slows its clients, not the keeper's memory.** Nothing is read while the pipe is
   full. A connection holds up to 32 KiB of an unfinished line; beyond that it needs the one
   buffer for long lines (64 MiB), and loses it when others wait for it and it brings less than
@@ -74,6 +78,11 @@ SHORT_LINE = 32 * 1024  # bytes of an unfinished line that any connection may ho
 LONG_LINE = 64 * 1024 * 1024  # bytes without LF; a longer line is refused
 LAST_PIECE = 256 * 1024  # bytes; parsing JSON costs up to 30 times its size
 SAFE_TO_HOLD = 64  # bytes in all; a kernel buffer this small never keeps a sender waiting
+
+KEY_MARK = 0x01  # begins no JSON text, and nothing that an agent understands
+KEY_LENGTH = 128  # bytes
+KEYS = 1024  # the newest ones are remembered, for as long as keeper and agent live
+SHOWS_KEYS = ".//"  # before the socket's name when it is bound: the same file, and a sign
 
 READY_AFTER = 0.3  # seconds that an agent must live
 LOCK_PATIENCE = 2.0  # seconds: a predecessor may be dying, a remover holds the lock briefly
@@ -217,7 +226,7 @@ class Folder:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            self._inside(listener.bind, name)
+            self._inside(listener.bind, SHOWS_KEYS + name)
             listener.listen(BACKLOG)
         except BaseException:
             listener.close()
@@ -425,6 +434,8 @@ class Connection:
         "ended",
         "eof",
         "have",
+        "key",
+        "keyed",
         "sent",
         "since",
         "sock",
@@ -443,6 +454,8 @@ class Connection:
         self.since = now  # when it last made progress
         self.eof = False  # the client has shut its sending side: all is in the socket
         self.tight = False  # its send buffer may be too small for a byte to be held back
+        self.keyed = False  # its lines have keys
+        self.key = b""  # of the line under way; taken out of the socket
         self.ended = -1  # unread bytes of a last piece without LF that is complete
 
 
@@ -469,6 +482,7 @@ class Wire:
         self._holder: Connection | None = None  # has the long line's buffer
         self._waiters: dict[Connection, None] = {}  # want it, in order
         self._lease = 0.0  # until when the holder must have made progress
+        self._keys: dict[bytes, None] = {}  # of lines in the pipe, the newest last
         self._full = False  # the pipe takes no more
         self._deaf = False  # the agent reads no more
         self._knocks = False  # somebody may wait at the door while there is no room
@@ -578,13 +592,51 @@ class Wire:
         except BlockingIOError:
             return
         connection.eof |= size == 0
-        lines = self._buffer.rfind(LF, 0, size) + 1
-        if lines:
+        connection.keyed |= connection.total == 0 < size and self._buffer[0] == KEY_MARK
+        if connection.keyed and size and not connection.key:
+            self._take_key(connection, size)
+            return
+        find = self._buffer.find if connection.keyed else self._buffer.rfind
+        lines = find(LF, 0, size) + 1
+        if lines and connection.key in self._keys and connection is not self._owner:
+            self._skip(connection, lines)
+        elif lines:
             self._forward(connection, lines)
         elif connection.eof and size <= 1:
             self._finish(connection, size)
         else:
             self._keep(connection, size)
+
+    def _take_key(self, connection: Connection, size: int) -> None:
+        """Take the key before a line out of the socket, once a byte of the line is there.
+
+        That byte stays unread: a client that breaks off here sees a reset.
+        """
+        end = self._buffer.find(KEY_MARK, 1, min(size, KEY_LENGTH + 2))
+        if self._buffer[0] != KEY_MARK or (end < 0 and size >= KEY_LENGTH + 2) or end == 1:
+            self._refuse(connection, "bad_key", "a line had no key, or too long a one")
+        elif 1 < end < size - 1:
+            connection.key = bytes(self._chunk[1:end])
+            self._consume(connection, self._chunk[: end + 1])
+            self._ready[connection] = None
+        elif connection.eof:
+            self._refuse(connection, "broken_line", "a client broke off within a line")
+
+    def _skip(self, connection: Connection, size: int) -> None:
+        """The line with this key is in the pipe already: take this one, and forward nothing."""
+        self._release(connection)
+        self._consume(connection, self._chunk[:size])
+        connection.key = b""
+        self._progress(connection)
+        self._ready[connection] = None
+
+    def _remember(self, connection: Connection) -> None:
+        """The line with this key is in the pipe now."""
+        if connection.key:
+            self._keys[connection.key] = None
+            if len(self._keys) > KEYS:
+                del self._keys[next(iter(self._keys))]
+            connection.key = b""
 
     def _forward(self, connection: Connection, size: int) -> None:
         """Move what is stored, and complete lines from the socket, into the pipe."""
@@ -598,6 +650,8 @@ class Wire:
         if wrote:
             within = self._buffer[wrote - 1] != LF
             self._owner = connection if within else None
+            if not within:
+                self._remember(connection)
             self._progress(connection)
         if self._full and self._owner is not connection and not wrote:
             self._ready = {connection: None} | self._ready  # it keeps its turn
@@ -631,7 +685,12 @@ class Wire:
             return
         store, have = connection.store, connection.have
         last = bytes(self._chunk[:unread])
-        if store is None or have > LAST_PIECE or not _is_complete(store[:have] + last):
+        if (
+            store is None
+            or connection.keyed
+            or have > LAST_PIECE
+            or not _is_complete(store[:have] + last)
+        ):
             self._refuse(connection, "broken_line", "a client broke off within a line")
             return
         store[have : have + unread + 1] = last + b"\n"
