@@ -1,0 +1,128 @@
+"""What the README shows is what comes out."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import end_all, until
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+END = "--- end of output ---"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, str]]:
+    """The tour, as pairs of a command and what it prints."""
+    parts = re.split(r"^\$ ", "".join(blocks("console")), flags=re.MULTILINE)[1:]
+    return [(command, said) for command, _, said in (part.partition("\n") for part in parts)]
+
+
+def plain(text: str, home: Path) -> str:
+    """Without what differs each time: pids, ages, and where home is."""
+    text = text.replace(str(home), "HOME").replace("/home/you", "HOME")
+    return re.sub(r" +", " ", re.sub(r"\d+", "N", text)).strip()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    end_all(tmp_path / ".pi" / "dashboard" / "sessions")
+
+
+@pytest.fixture
+def environment(home: Path) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PI_")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return inherited | {"HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.mark.agent
+def test_the_tour(home: Path, environment: dict[str, str]) -> None:
+    if not (ROOT / ".tools/agent/node_modules/.bin/pi").exists():
+        assert not os.environ.get("CI"), "CI must have the real agent: make agent"
+        pytest.skip("the real pi agent is not installed: make agent (needs npm)")
+    log = home / "run.log"
+    with log.open("wb") as stdout:
+        daemon = subprocess.Popen(
+            [sys.executable, "-m", "reconciler", "run"], env=environment, stdout=stdout
+        )
+    shell = subprocess.Popen(
+        ["bash"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        until(lambda: "reconciler.started" in log.read_text())
+        for command, said in commands():
+            printed = run(shell, command.replace("/tmp", str(home)))
+            assert plain(printed, home) == plain(said, home), command
+            if command.startswith("kill"):  # a person is slower than this loop
+                until(lambda: '"session.cleaned"' in log.read_text())
+    finally:
+        shell.kill()
+        shell.communicate()
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+    shown = set(re.findall(r'"(\w+)":', "".join(blocks("json"))))
+    line = next(line for line in log.read_text().splitlines() if "session.cleaned" in line)
+    assert set(re.findall(r'"(\w+)":', line)) == shown
+
+
+def run(shell: subprocess.Popen[str], command: str) -> str:
+    """One command in the shell that stays open; what it printed."""
+    assert shell.stdin is not None
+    assert shell.stdout is not None
+    shell.stdin.write(f"{command}\necho '{END}'\n")
+    shell.stdin.flush()
+    printed: list[str] = []
+    for line in shell.stdout:
+        if line.strip() == END:
+            return "".join(printed)
+        printed.append(line)
+    pytest.fail(f"the shell ended in: {command}")
+
+
+def test_the_library_example(home: Path, environment: dict[str, str]) -> None:
+    (example,) = blocks("python")
+    script = home / "example.py"
+    script.write_text(example)
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.stdout, ran.returncode) == ("delivered\n", 0), ran.stderr
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    broken = [
+        f"{page.name}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text())
+        if not link.startswith("http") and not (page.parent / link).exists()
+    ]
+    assert broken == []
+
+
+def test_the_two_commands_are_there() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"run", "test"} <= set(targets)
+    assert {line.split()[1] for line in blocks("sh")[0].splitlines() if line} == {"run", "test"}
