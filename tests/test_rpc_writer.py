@@ -1,0 +1,1665 @@
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import json
+import math
+import os
+import pickle
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from reconciler import layout, rpc_writer
+from reconciler.rpc_writer import (
+    MAX_LINE,
+    BlockingRpcWriter,
+    Delivery,
+    InvalidMessageError,
+    ManyDelivery,
+    Message,
+    Outcome,
+    Reason,
+    RpcWriter,
+    StreamBrokenError,
+    WritePolicy,
+    encode,
+)
+from reconciler.testing import Behaviour, FakeKeeper, no_waiting
+
+KEEPERS = Path(__file__).with_name("keepers")
+SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
+BOUND = 20.0
+PATIENT = WritePolicy(progress_timeout=10.0)
+SLOWEST = WritePolicy(progress_timeout=1.0)
+HASTY = WritePolicy(progress_timeout=0.08, backoff=(0.01,))
+KINDS = ("ours", "node")
+T = TypeVar("T")
+
+
+def until(done: Callable[[], T | None], what: str = "the moment") -> T:
+    """Wait for a named moment, with a bound."""
+    give_up = time.monotonic() + BOUND
+    while not (found := done()):
+        assert time.monotonic() < give_up, f"{what} did not come"
+        time.sleep(0.001)
+    return found
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# -- Keepers that are real --------------------------------------------------------------
+
+
+class Child:
+    """A process that can be stopped, and is known to be dead when it is."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._descriptor = os.pidfd_open(pid)
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._descriptor, number)
+
+    def stop(self) -> None:
+        """Stop it, unless it is dead."""
+        self.signal(signal.SIGSTOP)
+        until(lambda: self._state() in "TZX", "the stop")
+
+    def _state(self) -> str:
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "X"
+
+    def go_on(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        assert poll.poll(BOUND * 1000), "it did not end"
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class Keeper:
+    """A keeper process with an agent that writes down what it reads."""
+
+    def __init__(self, folder: Path, sid: str, kind: str, *agent_options: str) -> None:
+        self.folder = folder
+        self.sid = sid
+        self.kind = kind
+        self.record = folder / f"{sid}.{next(_COUNT)}.record"
+        agent = [sys.executable, "-I", "-S", str(KEEPERS / "agent.py"), str(self.record)]
+        program = {
+            "ours": [sys.executable, "-I", "-S", str(layout.KEEPER_PROGRAM)],
+            "node": ["node", str(KEEPERS / "keeper.cjs")],
+        }[kind]
+        self.popen: subprocess.Popen[bytes] = subprocess.Popen(
+            [*program, sid],
+            env={
+                **os.environ,
+                "PI_DASHBOARD_HOME": str(folder.parents[2]),
+                "PI_KEEPER_SESSIONS_DIR": str(folder),
+                "PI_KEEPER_PI_CMD": json.dumps([*agent, *agent_options]),
+                "PI_KEEPER_PI_ARGS": "[]",
+            },
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.process: Child = Child(self.popen.pid)
+        until(lambda: self.record.exists() or self.popen.poll() is not None, "the agent's start")
+        assert self.popen.poll() is None, "the keeper has ended"
+        name = layout.file_name(layout.Role.AGENT_PID_FILE, sid)
+        until(lambda: (folder / name).exists() and (folder / name).read_text(), "the agent's pid")
+        self.agent = Child(int((folder / name).read_text()))
+
+    def lines(self) -> list[bytes]:
+        """The whole lines that the agent has read by now."""
+        ended = self.record.with_name(self.record.name + ".ended")
+        text = (ended if ended.exists() else self.record).read_bytes()
+        return text.split(b"\n")[:-1]
+
+    def has_only(self, line: bytes) -> bool:
+        return self.lines() == [line]
+
+    def close(self) -> None:
+        for process in (self.agent, self.process):
+            process.kill()
+            process.close()
+        self.popen.wait()
+
+
+_COUNT = itertools.count()
+
+
+@dataclass
+class Scene:
+    """A sessions folder, and what lives in it."""
+
+    folder: Path
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    keepers: list[Keeper] = field(default_factory=list)
+    on_wait: dict[rpc_writer._Moment, Callable[[], None]] = field(default_factory=dict)
+    every_wait: Callable[[], None] | None = None
+    waits_on: socket.socket | None = None
+    faked: bool = False
+
+    def keeper(self, kind: str, *agent_options: str, sid: str = SID) -> Keeper:
+        keeper = Keeper(self.folder, sid, kind, *agent_options)
+        self.stack.callback(keeper.close)
+        self.keepers.append(keeper)
+        return keeper
+
+    def fake(self, behaviour: Behaviour, *, after: int = 0) -> FakeKeeper:
+        self.faked = True
+        return self.stack.enter_context(FakeKeeper(self.folder, SID, behaviour, after=after))
+
+    def path(self, role: layout.Role) -> Path:
+        return self.folder / layout.file_name(role, SID)
+
+    def at(self, moment: rpc_writer._Moment, act: Callable[[], None]) -> None:
+        """Do something once, when the writer is about to wait there."""
+        self.on_wait[moment] = act
+
+    def waits(self, wait: rpc_writer._Wait) -> None:
+        if wait.moment is SENDING and wait.sock is None:  # only a turn for others
+            return
+        self.waits_on = wait.sock
+        act = self.on_wait.pop(wait.moment, None)
+        if act is not None:
+            act()
+        if self.every_wait is not None:
+            self.every_wait()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A sessions folder with a path short enough for Node, which cuts long ones."""
+    with tempfile.TemporaryDirectory(prefix="w") as home:
+        made = Path(home, ".pi", "dashboard", "sessions")
+        made.mkdir(parents=True)
+        yield made
+
+
+async def moment(scene: Scene, which: rpc_writer._Moment) -> None:
+    """Wait until a writer of this loop waits there."""
+    reached = asyncio.Event()
+    scene.at(which, reached.set)
+    await reached.wait()
+    await asyncio.sleep(0)
+
+
+@pytest.fixture
+def scene(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    scene = Scene(folder)
+    wait_blocking, wait_async = rpc_writer._wait_blocking, rpc_writer._wait_async
+
+    def blocking(wait: rpc_writer._Wait) -> None:
+        scene.waits(wait)
+        wait_blocking(wait)
+
+    async def asynchronous(wait: rpc_writer._Wait) -> None:
+        scene.waits(wait)
+        await wait_async(wait)
+
+    monkeypatch.setattr(rpc_writer, "_wait_blocking", blocking)
+    monkeypatch.setattr(rpc_writer, "_wait_async", asynchronous)
+    with scene.stack:
+        yield scene
+
+
+# -- Both faces, called the same way ----------------------------------------------------
+
+
+class Face(Protocol):
+    """What the table needs of a writer."""
+
+    def write(
+        self, folder: Path, message: Message, policy: WritePolicy, timeout: float | None = None
+    ) -> Delivery: ...
+
+    def write_many(
+        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
+    ) -> ManyDelivery: ...
+
+    def stream(
+        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
+    ) -> ManyDelivery | None: ...
+
+
+class Blocking:
+    def write(
+        self, folder: Path, message: Message, policy: WritePolicy, timeout: float | None = None
+    ) -> Delivery:
+        return BlockingRpcWriter(folder, policy=policy).write(SID, message, timeout=timeout)
+
+    def write_many(
+        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
+    ) -> ManyDelivery:
+        return BlockingRpcWriter(folder, policy=policy).write_many(SID, messages)
+
+    def stream(
+        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
+    ) -> ManyDelivery | None:
+        with BlockingRpcWriter(folder, policy=policy).stream(SID) as stream:
+            for message in messages:
+                stream.send(message)
+        return stream.delivery
+
+
+class Async:
+    def write(
+        self, folder: Path, message: Message, policy: WritePolicy, timeout: float | None = None
+    ) -> Delivery:
+        return asyncio.run(RpcWriter(folder, policy=policy).write(SID, message, timeout=timeout))
+
+    def write_many(
+        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
+    ) -> ManyDelivery:
+        return asyncio.run(RpcWriter(folder, policy=policy).write_many(SID, messages))
+
+    def stream(
+        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
+    ) -> ManyDelivery | None:
+        async def run() -> ManyDelivery | None:
+            async with RpcWriter(folder, policy=policy).stream(SID) as stream:
+                for message in messages:
+                    await stream.send(message)
+            return stream.delivery
+
+        return asyncio.run(run())
+
+
+FACES: dict[str, Face] = {"blocking": Blocking(), "async": Async()}
+
+
+@pytest.fixture(params=list(FACES.values()), ids=list(FACES))
+def face(request: pytest.FixtureRequest) -> Face:
+    found: Face = request.param
+    return found
+
+
+# -- The table of outcomes --------------------------------------------------------------
+
+SMALL: Message = {"type": "prompt", "message": "small"}
+BIG: Message = {"type": "prompt", "message": "b" * (1 << 20)}
+LONG: Message = {"type": "prompt", "message": "l" * (40 << 20)}
+SMALL_SIZE = len(encode(SMALL))
+SENDING, RECEIPT = rpc_writer._Moment.SENDING, rpc_writer._Moment.RECEIPT
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is seen, and what the delivery has to say."""
+
+    name: str
+    arrange: Callable[[Scene], object]
+    outcome: Outcome
+    reason: Reason
+    attempts: int = 1
+    handed: str = "all"
+    message: Message = field(default_factory=lambda: SMALL)
+    policy: WritePolicy = PATIENT
+    timeout: float | None = None
+
+
+def healthy(kind: str) -> Callable[[Scene], object]:
+    return lambda scene: scene.keeper(kind)
+
+
+def nothing(_: Scene) -> None:
+    pass
+
+
+def no_folder(scene: Scene) -> None:
+    scene.folder.rmdir()
+
+
+def killed_earlier(kind: str) -> Callable[[Scene], object]:
+    return lambda scene: scene.keeper(kind).process.kill()
+
+
+def killed_before_accept(kind: str) -> Callable[[Scene], object]:
+    def arrange(scene: Scene) -> None:
+        keeper = scene.keeper(kind)
+        keeper.process.stop()
+        scene.at(RECEIPT, keeper.process.kill)
+
+    return arrange
+
+
+def killed_within_a_line(kind: str) -> Callable[[Scene], object]:
+    def arrange(scene: Scene) -> None:
+        keeper = scene.keeper(kind)
+        keeper.process.stop()
+        scene.at(SENDING, keeper.process.kill)
+
+    return arrange
+
+
+def killed_after_accept(scene: Scene) -> None:
+    """Ours, when it has taken a part of what it cannot pass on: the pipe is full."""
+    keeper = scene.keeper("ours")
+    keeper.agent.stop()
+
+    def kill() -> None:
+        until(lambda: rpc_writer._Peer(keeper.process.pid, 0, ours=True).written() >= 1 << 16)
+        keeper.process.kill()
+
+    scene.at(RECEIPT, kill)
+
+
+def stopped(kind: str) -> Callable[[Scene], object]:
+    return lambda scene: scene.keeper(kind).process.stop()
+
+
+def stopped_with_full_backlog(kind: str) -> Callable[[Scene], object]:
+    def arrange(scene: Scene) -> None:
+        scene.keeper(kind).process.stop()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client = scene.stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(str(scene.path(layout.Role.SOCKET)))
+
+    return arrange
+
+
+def agent_stopped(kind: str) -> Callable[[Scene], object]:
+    return lambda scene: scene.keeper(kind).agent.stop()
+
+
+def agent_dead(kind: str) -> Callable[[Scene], object]:
+    def arrange(scene: Scene) -> None:
+        keeper = scene.keeper(kind)
+        keeper.agent.kill()
+        keeper.process.wait()
+
+    return arrange
+
+
+def slow_agent(kind: str) -> Callable[[Scene], object]:
+    return lambda scene: scene.keeper(kind, "--slow", str(1 << 16), "0.003")
+
+
+def fake(behaviour: Behaviour, after: int = 0) -> Callable[[Scene], object]:
+    return lambda scene: scene.fake(behaviour, after=after)
+
+
+def pid_file_says(text: str | None) -> Callable[[Scene], object]:
+    return lambda scene: scene.fake(Behaviour.RECEIPT).say_pid(text)
+
+
+def pid_file_is(make: Callable[[Path], object]) -> Callable[[Scene], object]:
+    def arrange(scene: Scene) -> None:
+        scene.fake(Behaviour.RECEIPT).say_pid(None)
+        path = scene.path(layout.Role.PID_FILE)
+        make(path)
+        if path.is_dir():
+            scene.stack.callback(path.rmdir)
+
+    return arrange
+
+
+def a_link_to_the_pid(path: Path) -> None:
+    target = path.with_name("elsewhere")
+    target.write_text(str(os.getpid()))
+    path.symlink_to(target)
+
+
+def a_link_to_the_socket(scene: Scene) -> None:
+    """Everything is right with the keeper; only its name is a link now."""
+    scene.fake(Behaviour.RECEIPT)
+    name = scene.path(layout.Role.SOCKET)
+    name.rename(scene.folder / "moved")
+    name.symlink_to("moved")
+
+
+def a_file(scene: Scene) -> None:
+    scene.path(layout.Role.SOCKET).write_text("")
+
+
+def a_datagram_socket(scene: Scene) -> None:
+    other = scene.stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    other.bind(str(scene.path(layout.Role.SOCKET)))
+
+
+def impostor(scene: Scene) -> None:
+    """A stranger listens where the living keeper's socket was."""
+    keeper = scene.keeper("ours")
+    scene.faked = True
+    stranger = FakeKeeper(scene.folder / "aside", SID)
+    scene.stack.enter_context(stranger)
+    stranger.socket_path.rename(keeper.folder / stranger.socket_path.name)
+
+
+def named_as_ours(then: str) -> Callable[[Scene], object]:
+    """Reads one message and its end. Only its name says that the agent has got it by then."""
+
+    def arrange(scene: Scene) -> None:
+        program = scene.folder / layout.KEEPER_PROGRAM.name
+        program.write_text(
+            "import os, signal, socket, sys\n"
+            "listener = socket.socket(socket.AF_UNIX)\n"
+            "listener.bind(sys.argv[1] + '.rpc.sock')\n"
+            "listener.listen()\n"
+            "os.write(1, b'ready\\n')\n"
+            "client, _ = listener.accept()\n"
+            f"client.recv({SMALL_SIZE}, socket.MSG_WAITALL)\n"
+            "client.recv(1)\n"
+            f"{then}\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(program), SID],
+            cwd=scene.folder,
+            stdout=subprocess.PIPE,
+        )
+        scene.stack.enter_context(process)
+        scene.stack.callback(process.kill)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        scene.path(layout.Role.PID_FILE).write_text(str(process.pid))
+
+    return arrange
+
+
+D, N, U = Outcome.DELIVERED, Outcome.NOT_DELIVERED, Outcome.UNCONFIRMED
+TABLE = [
+    Row("ours", healthy("ours"), D, Reason.RECEIPT),
+    Row("node", healthy("node"), D, Reason.HANDED_ON),
+    Row("ours, agent stopped, room in its pipe", agent_stopped("ours"), D, Reason.RECEIPT),
+    Row("node, agent stopped", agent_stopped("node"), D, Reason.HANDED_ON, message=BIG),
+    Row(
+        "ours, 40 MiB for a slow agent",
+        slow_agent("ours"),
+        *(D, Reason.RECEIPT),
+        message=LONG,
+        policy=SLOWEST,
+    ),
+    Row(
+        "node, 40 MiB for a slow agent",
+        slow_agent("node"),
+        *(D, Reason.HANDED_ON),
+        message=LONG,
+        policy=PATIENT,
+    ),
+    Row(
+        "ours, killed having read all",
+        named_as_ours("os.kill(os.getpid(), signal.SIGKILL)"),
+        *(D, Reason.RECEIPT),
+    ),
+    Row(
+        "ours, stuck having read all",
+        named_as_ours("signal.pause()"),
+        *(D, Reason.TAKEN),
+        policy=HASTY,
+    ),
+    Row("no folder", no_folder, N, Reason.NO_SOCKET, 3, "none", policy=HASTY),
+    Row("no socket", nothing, N, Reason.NO_SOCKET, 3, "none", policy=HASTY),
+    *(
+        row
+        for kind in KINDS
+        for row in (
+            Row(f"{kind}, killed before", killed_earlier(kind), N, Reason.REFUSED, 3, "none"),
+            Row(f"{kind}, agent died before", agent_dead(kind), N, Reason.NO_SOCKET, 3, "none"),
+            Row(
+                f"{kind}, stopped, backlog full",
+                stopped_with_full_backlog(kind),
+                *(N, Reason.BACKLOG_FULL, 3, "none"),
+                policy=HASTY,
+            ),
+            Row(
+                f"{kind}, killed before accept",
+                killed_before_accept(kind),
+                *(U, Reason.KEEPER_DIED),
+            ),
+            Row(
+                f"{kind}, killed within a line",
+                killed_within_a_line(kind),
+                *(U, Reason.KEEPER_DIED, 1, "some"),
+                message=BIG,
+            ),
+            Row(f"{kind}, stopped", stopped(kind), U, Reason.TIMED_OUT_AFTER, policy=HASTY),
+            Row(
+                f"{kind}, stopped, within a line",
+                stopped(kind),
+                *(U, Reason.TIMED_OUT_AFTER, 1, "some"),
+                message=BIG,
+                policy=HASTY,
+            ),
+        )
+    ),
+    Row("ours, killed after accept", killed_after_accept, U, Reason.KEEPER_DIED, message=BIG),
+    Row(
+        "ours, agent stopped, no room in its pipe",
+        agent_stopped("ours"),
+        *(U, Reason.TIMED_OUT_AFTER),
+        message=BIG,
+        policy=WritePolicy(),
+    ),
+    Row("other, dies within a line", fake(Behaviour.DIE, 10), U, Reason.KEEPER_DIED),
+    Row("other, dies having read all", fake(Behaviour.DIE, SMALL_SIZE), U, Reason.KEEPER_DIED),
+    Row("other, resets", fake(Behaviour.RESET, 10), U, Reason.BROKEN),
+    Row("other, stalls", fake(Behaviour.STALL, 5), U, Reason.TIMED_OUT_AFTER, policy=HASTY),
+    Row(
+        "other, stalls, call bounded",
+        fake(Behaviour.STALL, 5),
+        *(U, Reason.TIMED_OUT_AFTER),
+        timeout=0.05,
+    ),
+    Row("no time", fake(Behaviour.RECEIPT), N, Reason.TIMED_OUT_BEFORE, 1, "none", timeout=0),
+    Row("refuses", fake(Behaviour.REFUSE), N, Reason.REFUSED, 3, "none", policy=HASTY),
+    Row(
+        "never accepts", fake(Behaviour.NO_ACCEPT), N, Reason.BACKLOG_FULL, 3, "none", policy=HASTY
+    ),
+    Row("a stranger in its place", impostor, N, Reason.WRONG_PEER, 3, "none", policy=HASTY),
+    Row("another's pid", pid_file_says("1"), N, Reason.WRONG_PEER, 3, "none", policy=HASTY),
+    Row("no pid file", pid_file_says(None), N, Reason.NO_PID_FILE, 3, "none", policy=HASTY),
+    Row("empty pid file", pid_file_says(""), N, Reason.NO_PID_FILE, 3, "none", policy=HASTY),
+    Row("no pid in it", pid_file_says("pid"), N, Reason.BAD_PID_FILE, 1, "none"),
+    Row("a long number in it", pid_file_says("1" * 99), N, Reason.BAD_PID_FILE, 1, "none"),
+    Row(
+        "its pid file is a link", pid_file_is(a_link_to_the_pid), N, Reason.BAD_PID_FILE, 1, "none"
+    ),
+    Row("its pid file is a FIFO", pid_file_is(os.mkfifo), N, Reason.BAD_PID_FILE, 1, "none"),
+    Row("its pid file is a folder", pid_file_is(os.mkdir), N, Reason.BAD_PID_FILE, 1, "none"),
+    Row("a link at its name", a_link_to_the_socket, N, Reason.NOT_A_SOCKET, 1, "none"),
+    Row("a file at its name", a_file, N, Reason.NOT_A_SOCKET, 1, "none"),
+    Row("a datagram socket at its name", a_datagram_socket, N, Reason.NOT_A_SOCKET, 1, "none"),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name.replace(" ", "-"))
+def test_outcome(scene: Scene, face: Face, row: Row) -> None:
+    row.arrange(scene)
+    before = open_descriptors()
+    delivery = face.write(scene.folder, row.message, row.policy, row.timeout)
+    assert open_descriptors() == before or scene.faked  # whose ends are in this process too
+
+    size = len(encode(row.message))
+    *failed, last = delivery.attempts
+    assert (delivery.outcome, delivery.reason) == (row.outcome, row.reason)
+    assert len(delivery.attempts) == row.attempts
+    assert last.reason is (Reason.TIMED_OUT_AFTER if row.reason is Reason.TAKEN else row.reason)
+    assert delivery.size == size
+    assert not any(attempt.handed_over for attempt in failed)
+    assert {"none": last.handed_over == 0, "all": last.handed_over == size}.get(
+        row.handed, 0 < last.handed_over < size
+    )
+    assert not scene.on_wait, "the moment of the row never came"
+    check_times(delivery, row.policy)
+    check_agents(scene, delivery.outcome, encode(row.message)[:-1])
+
+
+def check_times(delivery: Delivery, policy: WritePolicy) -> None:
+    assert delivery.elapsed >= sum(attempt.elapsed for attempt in delivery.attempts)
+    for number, (one, next_) in enumerate(itertools.pairwise(delivery.attempts)):
+        pause = policy.backoff[min(number, len(policy.backoff) - 1)]
+        assert next_.started - (one.started + one.elapsed) >= pause * 0.9
+    if policy is SLOWEST:
+        assert delivery.elapsed > policy.progress_timeout
+    elif policy is HASTY and delivery.reason is Reason.TIMED_OUT_AFTER:
+        assert delivery.elapsed >= policy.progress_timeout
+
+
+def check_agents(scene: Scene, outcome: Outcome, line: bytes) -> None:
+    """What the agent reads in the end must agree with what was said."""
+    for keeper in scene.keepers:
+        keeper.agent.go_on()
+        keeper.process.go_on()
+        if outcome is Outcome.DELIVERED:
+            until(partial(keeper.has_only, line), "the delivered line")
+        elif outcome is Outcome.NOT_DELIVERED:
+            assert keeper.lines() == []
+        else:
+            assert keeper.lines() in ([], [line]) or is_cut(keeper, line)
+
+
+def is_cut(keeper: Keeper, line: bytes) -> bool:
+    """The Node keeper makes a line of a part, which for an object is no JSON any more."""
+    lines = keeper.lines()
+    return keeper.kind == "node" and len(lines) == 1 and line.startswith(lines[0])
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("whose", ["listener", "socket", "pid file"])
+def test_another_users_keeper_gets_nothing(scene: Scene, face: Face, whose: str) -> None:
+    reason = Reason.WRONG_USER
+    if whose == "listener":
+        listener = scene.stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(scene.path(layout.Role.SOCKET)))
+        os.seteuid(65534)
+        try:
+            listener.listen()
+        finally:
+            os.seteuid(0)
+        scene.path(layout.Role.PID_FILE).write_text(str(os.getpid()))
+    else:
+        scene.fake(Behaviour.RECEIPT)
+        role = layout.Role.SOCKET if whose == "socket" else layout.Role.PID_FILE
+        os.chown(scene.path(role), 65534, 65534)
+        reason = reason if whose == "socket" else Reason.BAD_PID_FILE
+    delivery = face.write(scene.folder, SMALL, HASTY)
+    assert (delivery.outcome, delivery.reason) == (N, reason)
+    assert len(delivery.attempts) == 1
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_folder_that_may_not_be_entered(scene: Scene) -> None:
+    scene.fake(Behaviour.RECEIPT)
+    scene.folder.chmod(0)
+    os.seteuid(65534)
+    try:
+        delivery = BlockingRpcWriter(scene.folder).write(SID, SMALL)
+    finally:
+        os.seteuid(0)
+        scene.folder.chmod(0o700)
+    assert (delivery.outcome, delivery.reason) == (N, Reason.PERMISSION)
+
+
+def test_no_descriptors_left(scene: Scene, face: Face) -> None:
+    scene.fake(Behaviour.RECEIPT)
+    taken: list[int] = []
+
+    def take_all() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+
+    soft, hard = resource_limit(open_descriptors() + 40)
+    try:
+        if isinstance(face, Async):
+            delivery = asyncio.run(_with_none_left(scene.folder, take_all, taken))
+        else:
+            take_all()
+            delivery = face.write(scene.folder, SMALL, HASTY)
+    finally:
+        for descriptor in taken:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        resource_limit(soft, hard)
+    assert (delivery.outcome, delivery.reason) == (N, Reason.NO_RESOURCES)
+
+
+async def _with_none_left(folder: Path, take_all: Callable[[], None], taken: list[int]) -> Delivery:
+    take_all()
+    try:
+        return await RpcWriter(folder, policy=HASTY).write(SID, SMALL)
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        taken.clear()
+
+
+def resource_limit(soft: int, hard: int | None = None) -> tuple[int, int]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard or before[1]))
+    return before
+
+
+def test_a_path_longer_than_the_kernels_limit(tmp_path: Path, face: Face) -> None:
+    folder = tmp_path / ("long" * 40)
+    with FakeKeeper(folder, SID) as keeper:
+        assert len(str(keeper.socket_path)) > 108
+        assert face.write(folder, SMALL, PATIENT).delivered
+        assert keeper.received == (encode(SMALL)[:-1],)
+
+
+def test_an_end_of_stream_before_ours_is_no_receipt(scene: Scene, face: Face) -> None:
+    listener = scene.stack.enter_context(socket.socket(socket.AF_UNIX))
+    listener.bind(str(scene.path(layout.Role.SOCKET)))
+    listener.listen()
+    scene.path(layout.Role.PID_FILE).write_text(str(os.getpid()))
+    readers: list[threading.Thread] = []
+
+    def close_one_side_and_read_on() -> None:
+        client = scene.stack.enter_context(listener.accept()[0])
+        client.shutdown(socket.SHUT_WR)
+        readers.append(
+            threading.Thread(target=lambda: [0 for _ in iter(lambda: client.recv(1 << 16), b"")])
+        )
+        readers[0].start()
+
+    scene.at(SENDING, close_one_side_and_read_on)
+    delivery = face.write(scene.folder, BIG, PATIENT)
+    readers[0].join()
+    assert (delivery.outcome, delivery.reason) == (U, Reason.BROKEN)
+    assert delivery.attempts[0].handed_over == delivery.size
+
+
+def test_what_a_keeper_says_is_no_progress(scene: Scene, face: Face) -> None:
+    listener = scene.stack.enter_context(socket.socket(socket.AF_UNIX))
+    listener.bind(str(scene.path(layout.Role.SOCKET)))
+    listener.listen()
+    scene.path(layout.Role.PID_FILE).write_text(str(os.getpid()))
+
+    def talk() -> None:
+        client = scene.stack.enter_context(listener.accept()[0])
+        client.sendall(b"y" * 150_000)
+
+    scene.at(RECEIPT, talk)
+    delivery = face.write(scene.folder, SMALL, HASTY)
+    assert (delivery.outcome, delivery.reason) == (U, Reason.TIMED_OUT_AFTER)
+
+
+def test_attempts_meet_a_keeper_that_comes_late(scene: Scene, face: Face) -> None:
+    def starts() -> None:
+        scene.fake(Behaviour.RECEIPT)
+
+    timer = threading.Timer(0.05, starts)
+    timer.start()
+    policy = WritePolicy(progress_timeout=10.0, attempts=10_000, backoff=(0.01,))
+    delivery = face.write(scene.folder, SMALL, policy)
+    timer.join()
+    assert delivery.delivered
+    *failed, last = (attempt.reason for attempt in delivery.attempts)
+    assert set(failed) <= {Reason.NO_SOCKET, Reason.REFUSED, Reason.NO_PID_FILE}
+    assert failed
+    assert last is Reason.HANDED_ON
+
+
+def test_a_full_backlog_is_waited_for_within_an_attempt(scene: Scene, face: Face) -> None:
+    keeper = scene.keeper("ours")
+    keeper.process.stop()
+    stopped_clients = contextlib.ExitStack()
+    with stopped_clients, contextlib.suppress(BlockingIOError):
+        while True:
+            client = stopped_clients.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            client.connect(str(scene.path(layout.Role.SOCKET)))
+    scene.at(rpc_writer._Moment.BACKLOG, keeper.process.go_on)
+    delivery = face.write(scene.folder, SMALL, PATIENT)
+    assert delivery.delivered
+    assert len(delivery.attempts) == 1
+
+
+def test_waiting_between_attempts_can_be_removed(folder: Path, face: Face) -> None:
+    with no_waiting():
+        delivery = face.write(folder, SMALL, WritePolicy(attempts=50, backoff=(60.0,)))
+    assert len(delivery.attempts) == 50
+
+
+def test_a_call_bounded_by_time_does_not_begin_another_attempt(folder: Path, face: Face) -> None:
+    delivery = face.write(folder, SMALL, WritePolicy(backoff=(30.0,)), timeout=5.0)
+    assert (delivery.outcome, delivery.reason) == (N, Reason.NO_SOCKET)
+    assert len(delivery.attempts) == 1
+    assert delivery.elapsed < 5.0
+
+
+# -- Many messages, and streams ---------------------------------------------------------
+
+THREE: list[Message] = [{"n": 1}, '{"n":2}', b'{"n":3}']
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_messages_arrive_in_order_through_one_connection(
+    scene: Scene, face: Face, kind: str
+) -> None:
+    keeper = scene.keeper(kind)
+    messages: list[Message] = [{"n": n} for n in range(5000)]
+    delivery = face.write_many(scene.folder, messages, PATIENT)
+    assert delivery.delivered
+    assert (delivery.total, delivery.confirmed, delivery.unsent) == (5000, 5000, 0)
+    assert delivery.outcomes == (D,) * 5000
+    until(lambda: len(keeper.lines()) == 5000)
+    assert keeper.lines() == [encode(message)[:-1] for message in messages]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_keeps_one_connection(scene: Scene, face: Face, kind: str) -> None:
+    keeper = scene.keeper(kind)
+    delivery = face.stream(scene.folder, THREE, PATIENT)
+    assert delivery is not None
+    assert delivery.outcomes == (D, D, D)
+    assert len(delivery.attempts) == 1
+    until(lambda: keeper.lines() == [b'{"n":1}', b'{"n":2}', b'{"n":3}'])
+
+
+def test_a_stream_may_carry_nothing(scene: Scene, face: Face) -> None:
+    scene.fake(Behaviour.RECEIPT)
+    delivery = face.stream(scene.folder, [], PATIENT)
+    assert delivery is not None
+    assert delivery.delivered
+    assert delivery.outcomes == ()
+
+
+def killed_when_the_agent_has(scene: Scene, kind: str, count: int) -> Callable[[], None]:
+    keeper = scene.keepers[0]
+
+    def kill() -> None:
+        until(lambda: len(keeper.lines()) >= count, f"{count} lines at the agent of {kind}")
+        keeper.process.kill()
+
+    return kill
+
+
+@pytest.mark.parametrize(("kind", "sure"), [("ours", 2), ("node", 0)])
+def test_a_broken_batch_tells_what_is_sure(scene: Scene, face: Face, kind: str, sure: int) -> None:
+    """Two lines that were read, one that is cut, and one that was never begun."""
+    keeper = scene.keeper(kind)
+    cut: Message = {"big": "x" * (3 << 20)}
+
+    def read_what_was_sent() -> None:
+        assert scene.waits_on is not None
+        sock = scene.waits_on
+        keeper.process.go_on()
+        until(lambda: rpc_writer._queued(sock) < 2 * rpc_writer._PIECE, "reading")
+        until(lambda: len(keeper.lines()) == 2, "two lines at the agent")
+        keeper.process.stop()
+        scene.at(SENDING, keeper.process.kill)
+
+    keeper.process.stop()
+    scene.at(SENDING, read_what_was_sent)
+    delivery = face.write_many(scene.folder, [{"n": 1}, {"n": 2}, cut, {"n": 4}], PATIENT)
+    assert (delivery.outcome, delivery.reason) == (U, Reason.KEEPER_DIED)
+    assert (delivery.total, delivery.confirmed, delivery.unsent) == (4, sure, 1)
+    assert delivery.outcomes[-1] is N
+    assert delivery.outcomes[:sure] == (D,) * sure
+    assert keeper.lines() == [b'{"n":1}', b'{"n":2}']
+
+
+@pytest.mark.parametrize(("kind", "sure"), [("ours", 1), ("node", 0)])
+def test_a_stream_fails_clearly_when_its_keeper_is_gone(
+    scene: Scene, face: Face, kind: str, sure: int
+) -> None:
+    keeper = scene.keeper(kind)
+
+    def messages() -> Iterator[Message]:
+        yield {"n": 1}
+        until(lambda: len(keeper.lines()) == 1)
+        yield {"n": 2}
+        until(lambda: len(keeper.lines()) == 2)
+        keeper.process.kill()
+        yield {"n": 3}
+        pytest.fail("the stream took a message after its keeper's death")
+
+    with pytest.raises(StreamBrokenError) as caught:
+        face.stream(scene.folder, messages(), PATIENT)
+    delivery = caught.value.delivery
+    assert (delivery.outcome, delivery.reason) == (U, Reason.KEEPER_DIED)
+    assert (delivery.total, delivery.confirmed, delivery.unsent) == (3, sure, 1)
+    assert str(caught.value).startswith(f"stream to session {SID}: keeper_died; of 3 messages")
+    copied = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+    assert copied.delivery == delivery
+
+
+def test_a_stream_that_cannot_be_opened(folder: Path, face: Face) -> None:
+    with pytest.raises(StreamBrokenError) as caught:
+        face.stream(folder, THREE, HASTY)
+    delivery = caught.value.delivery
+    assert (delivery.outcome, delivery.reason) == (N, Reason.NO_SOCKET)
+    assert len(delivery.attempts) == 3
+    assert delivery.total == 0
+
+
+def test_a_stream_without_a_receipt_at_its_end(scene: Scene, face: Face) -> None:
+    scene.fake(Behaviour.STALL, after=8)
+    with pytest.raises(StreamBrokenError) as caught:
+        face.stream(scene.folder, THREE, HASTY)
+    delivery = caught.value.delivery
+    assert (delivery.outcome, delivery.reason) == (U, Reason.TIMED_OUT_AFTER)
+    assert delivery.outcomes == (U, U, U)
+
+
+def test_a_stream_goes_at_the_keepers_pace_and_gives_up(scene: Scene, face: Face) -> None:
+    scene.keeper("ours").agent.stop()
+    sent = itertools.count()
+
+    def messages() -> Iterator[Message]:
+        while True:
+            yield {"n": next(sent), "pad": "p" * 5000}
+
+    with pytest.raises(StreamBrokenError) as caught:
+        face.stream(scene.folder, messages(), SLOWEST)
+    delivery = caught.value.delivery
+    assert delivery.reason is Reason.TIMED_OUT_AFTER
+    assert delivery.size < 1 << 20  # a pipe and a socket's buffers: nobody swallows the rest
+    assert 10 <= delivery.confirmed < 20  # of 5 KB each, in the agent's pipe of 64 KiB
+    assert delivery.total == next(sent)
+
+
+def test_a_stream_left_by_an_exception_is_abandoned(scene: Scene) -> None:
+    keeper = scene.fake(Behaviour.RECEIPT)
+    writer = BlockingRpcWriter(scene.folder)
+    before = open_descriptors()
+    stream = writer.stream(SID)
+    with contextlib.suppress(KeyError), stream:
+        stream.send({"n": 1})
+        raise KeyError
+    assert stream.delivery is not None
+    assert (stream.delivery.outcome, stream.delivery.reason) == (U, Reason.ABANDONED)
+    until(lambda: open_descriptors() == before)  # the fake keeper's end is in this process too
+    assert len(writer._desk.lanes) == 0
+    keeper.wait_received(1)
+    with pytest.raises(StreamBrokenError):
+        stream.send({"n": 2})
+
+
+def test_an_invalid_message_does_not_end_a_stream(scene: Scene) -> None:
+    keeper = scene.fake(Behaviour.RECEIPT)
+    with BlockingRpcWriter(scene.folder).stream(SID) as stream:
+        with pytest.raises(InvalidMessageError):
+            stream.send("")
+        stream.send({"n": 1})
+    assert keeper.received == (b'{"n":1}',)
+
+
+def test_a_stream_has_to_be_entered(folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="not entered"):
+        BlockingRpcWriter(folder).stream(SID).send({"n": 1})
+
+
+# -- Order ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_writes_of_one_process_arrive_as_asked(scene: Scene, kind: str) -> None:
+    keeper = scene.keeper(kind)
+
+    async def run() -> list[Delivery]:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        asked = (writer.write(SID, {"n": n, "pad": "p" * (n % 7 * 5000)}) for n in range(200))
+        deliveries = await asyncio.gather(*asked)
+        assert len(writer._desk.lanes) == 0
+        return deliveries
+
+    assert all(delivery.delivered for delivery in asyncio.run(run()))
+    until(lambda: len(keeper.lines()) == 200)
+    assert [json.loads(line)["n"] for line in keeper.lines()] == list(range(200))
+
+
+def test_threads_are_served_first_come_first_served(scene: Scene) -> None:
+    keeper = scene.keeper("ours")
+    keeper.process.stop()
+    writer = BlockingRpcWriter(scene.folder, policy=PATIENT)
+    lanes = writer._desk.lanes._lanes
+
+    def waiting(count: int) -> bool:
+        return SID in lanes and len(lanes[SID].turns) == count
+
+    with ThreadPoolExecutor(20) as pool:
+        deliveries = []
+        for n in range(20):
+            deliveries.append(pool.submit(writer.write, SID, {"n": n}))
+            until(partial(waiting, n + 1))
+        keeper.process.go_on()
+        assert all(delivery.result().delivered for delivery in deliveries)
+    until(lambda: len(keeper.lines()) == 20)
+    assert [json.loads(line)["n"] for line in keeper.lines()] == list(range(20))
+    assert not lanes
+
+
+def test_sessions_do_not_wait_for_each_other(scene: Scene) -> None:
+    scene.keeper("ours").process.stop()
+    other = scene.keeper("ours", sid="other")
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        stuck = asyncio.create_task(writer.write(SID, SMALL))
+        await moment(scene, RECEIPT)
+        assert (await writer.write("other", SMALL)).delivered
+        assert not stuck.done()
+        scene.keepers[0].process.go_on()
+        assert (await stuck).delivered
+
+    asyncio.run(run())
+    until(lambda: len(other.lines()) == 1)
+
+
+def test_a_write_that_waits_for_another_keeps_its_own_bound(scene: Scene) -> None:
+    scene.keeper("ours").process.stop()
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        first = asyncio.create_task(writer.write(SID, {"n": 1}))
+        second = asyncio.create_task(writer.write(SID, {"n": 2}, timeout=0.05))
+        third = asyncio.create_task(writer.write(SID, {"n": 3}))
+        delivery = await second
+        assert (delivery.outcome, delivery.reason) == (N, Reason.TIMED_OUT_BEFORE)
+        assert delivery.attempts == ()
+        scene.keepers[0].process.go_on()
+        assert (await first).delivered
+        assert (await third).delivered
+
+    asyncio.run(run())
+    until(lambda: scene.keepers[0].lines() == [b'{"n":1}', b'{"n":3}'])
+
+
+def test_a_thread_that_waits_for_another_keeps_its_own_bound(scene: Scene) -> None:
+    scene.fake(Behaviour.STALL)
+    writer = BlockingRpcWriter(scene.folder, policy=WritePolicy(progress_timeout=1.0))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(writer.write, SID, SMALL)
+        until(lambda: SID in writer._desk.lanes._lanes)
+        delivery = writer.write(SID, SMALL, timeout=0.05)
+        assert (delivery.outcome, delivery.reason) == (N, Reason.TIMED_OUT_BEFORE)
+        assert first.result().outcome is U
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_writes_keep_their_order_with_an_open_stream(scene: Scene, kind: str) -> None:
+    keeper = scene.keeper(kind)
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        async with writer.stream(SID) as one, writer.stream(SID) as two:
+            for n in range(0, 150, 3):
+                await one.send({"n": n, "pad": "p" * 40_000})
+                await two.send({"n": n + 1})
+                assert (await writer.write(SID, {"n": n + 2})).delivered
+        assert len(writer._desk.lanes) == 0
+
+    asyncio.run(run())
+    until(lambda: len(keeper.lines()) == 150)
+    assert [json.loads(line)["n"] for line in keeper.lines()] == list(range(150))
+
+
+def test_a_write_does_not_overtake_what_a_stream_has_not_got_rid_of(scene: Scene) -> None:
+    keeper = scene.keeper("ours")
+    writer = BlockingRpcWriter(scene.folder, policy=HASTY)
+    with contextlib.ExitStack() as left:
+        left.enter_context(pytest.raises(StreamBrokenError))
+        stream = left.enter_context(writer.stream(SID))
+        keeper.process.stop()
+        stream.send({"n": 1})
+        delivery = writer.write(SID, {"n": 2})
+        assert (delivery.outcome, delivery.reason) == (N, Reason.TIMED_OUT_BEFORE)
+        assert len(delivery.attempts) == 3
+    keeper.process.go_on()
+    until(lambda: keeper.lines() == [b'{"n":1}'])
+
+
+def test_threads_and_loops_share_a_lane(scene: Scene) -> None:
+    keeper = scene.keeper("ours")
+    writer = RpcWriter(scene.folder, policy=PATIENT)
+
+    def loop(caller: int) -> list[Delivery]:
+        async def run() -> list[Delivery]:
+            return await asyncio.gather(
+                *(writer.write(SID, {"c": caller, "n": n}) for n in range(50))
+            )
+
+        return asyncio.run(run())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(each.delivered for done in pool.map(loop, range(4)) for each in done)
+    until(lambda: len(keeper.lines()) == 200)
+    read = [json.loads(line) for line in keeper.lines()]
+    for caller in range(4):
+        assert [line["n"] for line in read if line["c"] == caller] == list(range(50))
+
+
+def test_a_turn_of_a_loop_that_is_gone_passes_on() -> None:
+    lanes = rpc_writer._Lanes()
+
+    def gone() -> None:
+        raise RuntimeError("Event loop is closed")
+
+    woken: list[int] = []
+    with contextlib.ExitStack() as others:
+        with lanes.turn(SID) as first:
+            second, third = (others.enter_context(lanes.turn(SID)) for _ in range(2))
+            assert (first.granted, second.granted) == (True, False)
+            assert not second.granted_or(gone)
+            assert not third.granted_or(lambda: woken.append(3))
+        assert woken == [3]
+        assert third.granted
+    assert len(lanes) == 0
+
+
+# -- Cancellation -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("message", [SMALL, BIG], ids=["waiting-for-the-receipt", "within-a-line"])
+def test_a_cancelled_write_closes_its_connection(scene: Scene, message: Message) -> None:
+    keeper = scene.keeper("ours")
+    keeper.process.stop()
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        before = open_descriptors()
+        task = asyncio.create_task(writer.write(SID, message))
+        waits = SENDING if message is BIG else RECEIPT
+        await moment(scene, waits)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert open_descriptors() == before
+        assert len(writer._desk.lanes) == 0
+        keeper.process.go_on()
+        assert (await writer.write(SID, {"n": 2})).delivered
+
+    asyncio.run(run())
+    until(lambda: keeper.lines()[-1:] == [b'{"n":2}'])
+    assert keeper.lines()[:-1] in ([], [encode(message)[:-1]])
+
+
+def test_a_write_cancelled_before_its_turn_does_not_hold_up_the_next(scene: Scene) -> None:
+    scene.keeper("ours").process.stop()
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        tasks = [asyncio.create_task(writer.write(SID, {"n": n})) for n in range(3)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[1]
+        scene.keepers[0].process.go_on()
+        assert (await tasks[0]).delivered
+        assert (await tasks[2]).delivered
+        assert len(writer._desk.lanes) == 0
+
+    asyncio.run(run())
+    until(lambda: scene.keepers[0].lines() == [b'{"n":0}', b'{"n":2}'])
+
+
+def test_a_send_cancelled_before_its_turn_was_never_sent(scene: Scene) -> None:
+    keeper = scene.fake(Behaviour.RECEIPT)
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder)
+        async with writer.stream(SID) as stream:
+            await stream.send({"n": 1})
+            with writer._desk.lanes.turn(SID):
+                task = asyncio.create_task(stream.send({"n": 2}))
+                await moment(scene, rpc_writer._Moment.TURN)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await stream.send({"n": 3})
+        assert stream.delivery is not None
+        assert stream.delivery.outcomes == (D, D)
+
+    asyncio.run(run())
+    assert keeper.received == (b'{"n":1}', b'{"n":3}')
+
+
+def test_a_send_cancelled_with_nothing_handed_over_was_never_sent(scene: Scene) -> None:
+    keeper = scene.keeper("ours")
+    keeper.process.stop()
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        async with writer.stream(SID) as stream:
+
+            async def fill() -> None:
+                for n in itertools.count():
+                    sending.append(n)
+                    await stream.send({"n": n, "pad": "p" * 4000})
+
+            sending: list[int] = []
+            task = asyncio.create_task(fill())
+            await moment(scene, SENDING)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            keeper.process.go_on()
+            await stream.send({"n": -1})
+        assert stream.delivery is not None
+        assert stream.delivery.outcomes == (D,) * len(sending)
+        until(lambda: len(keeper.lines()) == len(sending))
+        assert [json.loads(line)["n"] for line in keeper.lines()] == [*sending[:-1], -1]
+
+    asyncio.run(run())
+
+
+def test_a_send_that_has_no_time_ends_its_stream(scene: Scene) -> None:
+    keeper = scene.fake(Behaviour.RECEIPT)
+    writer = BlockingRpcWriter(scene.folder)
+    stream = writer.stream(SID)
+    with contextlib.ExitStack() as left:
+        caught = left.enter_context(pytest.raises(StreamBrokenError))
+        left.enter_context(stream)
+        stream.send({"n": 1})
+        left.enter_context(writer._desk.lanes.turn(SID))
+        stream.send({"n": 2}, timeout=0.02)
+    assert caught.value.delivery.reason is Reason.TIMED_OUT_BEFORE
+    assert caught.value.delivery.outcomes == (U, N)
+    assert keeper.wait_received(1) == (b'{"n":1}',)
+
+
+def test_a_send_cancelled_within_a_line_ends_its_stream(scene: Scene) -> None:
+    scene.keeper("ours").process.stop()
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        before = open_descriptors()
+        stream = writer.stream(SID)
+        with contextlib.suppress(asyncio.CancelledError):
+            async with stream:
+                task = asyncio.create_task(stream.send(BIG))
+                await moment(scene, SENDING)
+                task.cancel()
+                await task
+        assert stream.delivery is not None
+        assert (stream.delivery.outcome, stream.delivery.reason) == (U, Reason.ABANDONED)
+        with pytest.raises(StreamBrokenError):
+            await stream.send({"n": 2})
+        assert open_descriptors() == before
+        assert len(writer._desk.lanes) == 0
+
+    asyncio.run(run())
+
+
+def test_a_stream_left_while_another_task_sends(scene: Scene) -> None:
+    scene.keeper("ours").process.stop()
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        before = open_descriptors()
+        stream = writer.stream(SID)
+        with contextlib.suppress(KeyError):
+            async with stream:
+                task = asyncio.create_task(stream.send(BIG))
+                await moment(scene, SENDING)
+                behind = asyncio.create_task(stream.send(SMALL))
+                await moment(scene, rpc_writer._Moment.TURN)
+                raise KeyError
+        assert stream.delivery is not None
+        assert (stream.delivery.outcome, stream.delivery.unsent) == (U, 0)
+        for send in (task, behind):
+            with pytest.raises(StreamBrokenError):
+                await send
+        assert open_descriptors() == before
+        assert len(writer._desk.lanes) == 0
+
+    asyncio.run(run())
+
+
+# -- Messages ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ({}, b"{}"),
+        ({"a": 1, "b": [True, None, 1.5]}, b'{"a":1,"b":[true,null,1.5]}'),
+        (
+            {"text": "\u2028 \n \r \0 \U0001f600"},
+            b'{"text":"\\u2028 \\n \\r \\u0000 \\ud83d\\ude00"}',
+        ),
+        (collections.ChainMap({"a": 1}), b'{"a":1}'),
+        ({"nested": (1, {"k": "v"})}, b'{"nested":[1,{"k":"v"}]}'),
+        ('{"a":1}', b'{"a":1}'),
+        ('{"a":1}\n', b'{"a":1}'),
+        ('{"a":1}\r\n', b'{"a":1}'),
+        ("\u2028é", "\u2028é".encode()),
+        (b' {"a": 1} ', b' {"a": 1} '),
+        (b"\xc3\xa9\n", b"\xc3\xa9"),
+    ],
+)
+def test_encode(message: Message, line: bytes) -> None:
+    assert encode(message) == line + b"\n"
+
+
+def circle() -> Message:
+    made: dict[str, object] = {}
+    made["self"] = made
+    return made
+
+
+def pit() -> Message:
+    made: dict[str, object] = {}
+    for _ in range(100_000):
+        made = {"deeper": made}
+    return made
+
+
+SECRET = "hunter2"  # noqa: S105 - a word to look for in errors
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: f"{SECRET}\nx", "a line feed inside"),
+        (lambda: f"{SECRET}\n\n", "a line feed inside"),
+        (lambda: f"{SECRET}\rx", "a carriage return inside"),
+        (lambda: f"{SECRET}\r", "a carriage return inside"),
+        (f"{SECRET}\0".encode, "a NUL inside"),
+        (lambda: f"{SECRET}\ud800", "not UTF-8"),
+        (lambda: SECRET.encode() + b"\xff", "not UTF-8"),
+        (lambda: {"text": f"{SECRET}\ud800"}, "not UTF-8"),
+        (lambda: {f"{SECRET}\ud800": 1}, "not UTF-8"),
+        (lambda: "", "blank"),
+        (lambda: b"\n", "blank"),
+        (lambda: " \t", "blank"),
+        (lambda: "x" * (MAX_LINE + 1), f"at most {MAX_LINE} fit"),
+        (lambda: {SECRET: math.nan}, "NaN"),
+        (lambda: {SECRET: [math.inf]}, "an infinity"),
+        (lambda: {SECRET: {1: 2}}, "a key that is no text"),
+        (lambda: {SECRET: {(1, 2): 2}}, "a value or a key that JSON has not"),
+        (lambda: {SECRET: object()}, "a value or a key that JSON has not"),
+        (lambda: {SECRET: 10**5000}, "a number too long"),
+        (circle, "contains itself"),
+        (pit, "nests too deep"),
+        (lambda: 42, "give a mapping, or one line"),
+        (lambda: [SECRET], "give a mapping, or one line"),
+    ],
+)
+def test_refused_before_anything_is_done(
+    tmp_path: Path, make: Callable[[], Message], says: str
+) -> None:
+    message = make()
+    writer = BlockingRpcWriter(tmp_path / "not there")
+    with pytest.raises(InvalidMessageError, match=says) as caught:
+        writer.write(SID, message)
+    seen: BaseException | None = caught.value
+    while seen is not None:
+        assert SECRET not in f"{seen!r} {seen}"
+        seen = seen.__context__
+    with pytest.raises(InvalidMessageError, match=says):
+        asyncio.run(RpcWriter(tmp_path).write(SID, message))
+    assert len(writer._desk.lanes) == 0
+
+
+@pytest.mark.parametrize("messages", [[], "text", b"bytes", {"a": 1}])
+def test_a_batch_is_a_list_of_messages(tmp_path: Path, messages: list[Message]) -> None:
+    with pytest.raises(InvalidMessageError):
+        BlockingRpcWriter(tmp_path).write_many(SID, messages)
+
+
+def test_a_batch_with_one_invalid_message_sends_nothing(scene: Scene) -> None:
+    keeper = scene.fake(Behaviour.RECEIPT)
+    writer = BlockingRpcWriter(scene.folder)
+    with pytest.raises(InvalidMessageError):
+        writer.write_many(SID, [{"n": 1}, ""])
+    assert writer.write(SID, {"n": 2}).delivered
+    assert keeper.received == (b'{"n":2}',)
+
+
+@pytest.mark.parametrize("sid", ["", "../x", "a/b", "launch-x", "x" * 91, "a\n"])
+def test_a_session_id_is_checked_first(tmp_path: Path, sid: str) -> None:
+    for writer in (BlockingRpcWriter(tmp_path), RpcWriter(tmp_path)):
+        with pytest.raises(layout.InvalidSessionIdError):
+            writer.stream(sid)
+    with pytest.raises(layout.InvalidSessionIdError):
+        BlockingRpcWriter(tmp_path).write(sid, SMALL)
+
+
+@pytest.mark.parametrize("timeout", [-1, math.nan])
+def test_a_timeout_is_checked_first(scene: Scene, face: Face, timeout: float) -> None:
+    keeper = scene.fake(Behaviour.RECEIPT)
+    with pytest.raises(ValueError, match="timeout"):
+        face.write(scene.folder, SMALL, PATIENT, timeout)
+    assert keeper.received == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"attempts": 0},
+        {"progress_timeout": 0.0},
+        {"progress_timeout": math.inf},
+        {"progress_timeout": math.nan},
+        {"backoff": (-1.0,)},
+        {"backoff": (math.nan,)},
+    ],
+)
+def test_a_policy_is_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        WritePolicy(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_seeds_numbers_are_the_defaults() -> None:
+    policy = WritePolicy()
+    assert (policy.attempts, policy.progress_timeout) == (3, 0.350)
+    assert policy.backoff == (0.050, 0.150)
+
+
+# -- What it stands on ------------------------------------------------------------------
+
+
+def test_the_blocking_face_starts_without_what_it_does_not_need() -> None:
+    code = (
+        "import sys, reconciler.rpc_writer\n"
+        "heavy = {'asyncio', 'msgspec', 'structlog', 'psutil', 'watchdog', 'click', 'rich'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.one_of(st.integers(1, 8192), st.integers(-20_000, -1)), max_size=60))
+def test_the_ledger_never_says_more_than_was_read(steps: list[int]) -> None:
+    """Steps: how much is sent, or (negative) read."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for end in (ours, theirs):
+            end.setblocking(False)
+        ledger = rpc_writer._Ledger()
+        ends: list[int] = []
+        read = 0
+        for step in steps:
+            with contextlib.suppress(BlockingIOError):
+                if step < 0:
+                    read += len(theirs.recv(-step))
+                else:
+                    sent = ours.send(b"x" * step)
+                    if step % 2:  # it was read, and nobody looked, before this was entered
+                        read += len(theirs.recv(step // 2))
+                    ledger.sent(sent, rpc_writer._queued(ours))
+                    ends.append(ledger.handed)
+            if step % 3 == 0:
+                ledger.seen(rpc_writer._queued(ours))
+            assert ledger.taken in (0, *ends)
+            assert ledger.taken <= read
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                theirs.recv(1 << 16)
+        ledger.seen(rpc_writer._queued(ours))
+        assert ledger.taken == ledger.handed
+
+
+def test_the_ledger_is_exact_when_everybody_looks() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ledger = rpc_writer._Ledger()
+        for size in (1, 100, 1000, 5000, 8192, 10):
+            ours.send(b"x" * size)
+            ledger.sent(size, rpc_writer._queued(ours))
+        read = 0
+        for size in (1, 100, 1000, 5000, 8192, 10):
+            theirs.recv(size)
+            read += size
+            assert ledger.seen(rpc_writer._queued(ours))
+            assert ledger.taken == read
+        assert not ledger.seen(0)
+
+
+def test_a_dying_process_is_seen_as_such_when_its_connection_ends() -> None:
+    code = (
+        "import os, socket, sys\n"
+        "s = socket.socket(fileno=int(sys.argv[1]))\n"
+        "s.send(b'r'); s.recv(1); os.kill(os.getpid(), 9)"
+    )
+    for _ in range(20):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+            )
+            theirs.close()
+            assert ours.recv(1) == b"r"
+            started = rpc_writer._process(child.pid)
+            assert started is not None
+            peer = rpc_writer._Peer(child.pid, started[0], ours=False)
+            assert peer.lives()
+            ours.send(b"g")
+            assert ours.recv(1) == b""
+            assert not peer.lives()
+            child.wait()
+            assert not peer.lives()
+            assert peer.written() == 0
+
+
+# -- Whatever happens -------------------------------------------------------------------
+
+
+def killed_and_replaced(scene: Scene, kind: str) -> None:
+    scene.keepers[-1].process.kill()
+    for role in layout.CLAIM:
+        scene.path(role).unlink(missing_ok=True)
+    scene.keeper(kind, "--survive")
+
+
+def paused(scene: Scene, _: str) -> None:
+    scene.keepers[-1].process.stop()
+    scene.keepers[-1].process.go_on()
+
+
+def agent_paused(scene: Scene, _: str) -> None:
+    scene.keepers[-1].agent.stop()
+    scene.keepers[-1].agent.go_on()
+
+
+BREAKS: dict[str, Callable[[Scene, str], None]] = {
+    "killed": lambda scene, _: scene.keepers[-1].process.kill(),
+    "replaced": killed_and_replaced,
+    "paused": paused,
+    "agent paused": agent_paused,
+}
+
+
+@dataclass(frozen=True)
+class History:
+    """Callers with the sizes of their messages, and what happens after so many waits."""
+
+    callers: list[list[int]]
+    breaks: list[tuple[int, str]]
+
+
+def histories(largest: int) -> st.SearchStrategy[History]:
+    sizes = st.one_of(st.integers(0, 100), st.integers(0, largest))
+    return st.builds(
+        History,
+        callers=st.lists(st.lists(sizes, min_size=1, max_size=6), min_size=1, max_size=4),
+        breaks=st.lists(st.tuples(st.integers(0, 12), st.sampled_from(sorted(BREAKS))), max_size=3),
+    )
+
+
+def play(scene: Scene, history: History, kind: str, face: str) -> dict[tuple[int, int], Outcome]:
+    """Let all callers write at once, each one message after the other."""
+    scene.keeper(kind, "--survive")
+    due = collections.deque(sorted(history.breaks))
+    waits = itertools.count()
+    busy = threading.Lock()
+
+    def on_wait() -> None:
+        with busy:
+            count = next(waits)
+            while due and due[0][0] <= count:
+                BREAKS[due.popleft()[1]](scene, kind)
+
+    scene.every_wait = on_wait
+    policy = WritePolicy(progress_timeout=5.0, backoff=(0.0,))
+    outcomes: dict[tuple[int, int], Outcome] = {}
+
+    def blocking(caller: int, writer: BlockingRpcWriter) -> None:
+        for number, size in enumerate(history.callers[caller]):
+            delivery = writer.write(SID, {"c": caller, "n": number, "pad": "p" * size})
+            outcomes[caller, number] = delivery.outcome
+
+    async def asynchronous(caller: int, writer: RpcWriter) -> None:
+        for number, size in enumerate(history.callers[caller]):
+            delivery = await writer.write(SID, {"c": caller, "n": number, "pad": "p" * size})
+            outcomes[caller, number] = delivery.outcome
+
+    async def all_at_once() -> None:
+        writer = RpcWriter(scene.folder, policy=policy)
+        await asyncio.gather(*(asynchronous(caller, writer) for caller in callers))
+
+    callers = range(len(history.callers))
+    if face == "async":
+        asyncio.run(all_at_once())
+    else:
+        writer = BlockingRpcWriter(scene.folder, policy=policy)
+        with ThreadPoolExecutor(len(callers)) as pool:
+            list(pool.map(blocking, callers, itertools.repeat(writer)))
+    return outcomes
+
+
+def read_in_the_end(scene: Scene) -> list[tuple[int, int]]:
+    """What the agents have read once their keepers are gone and their pipes are empty."""
+    read = []
+    for keeper in scene.keepers:
+        keeper.process.kill()
+        keeper.agent.wait()
+        for line in keeper.lines():
+            message = json.loads(line)
+            assert set(message) == {"c", "n", "pad"}
+            read.append((message["c"], message["n"]))
+    return read
+
+
+@pytest.mark.parametrize("played", FACES)
+@pytest.mark.parametrize(("kind", "largest"), [("ours", 300_000), ("node", 2_000)])
+def test_whatever_happens(scene: Scene, kind: str, largest: int, played: str) -> None:
+    """Node's memory is lost with it: there the messages fit into the agent's pipe."""
+
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(histories(largest))
+    def holds(history: History) -> None:
+        outer, scene.keepers = scene.stack, []
+        try:
+            with contextlib.ExitStack() as stack:
+                scene.stack = stack
+                for role in layout.CLAIM:
+                    scene.path(role).unlink(missing_ok=True)
+                outcomes = play(scene, history, kind, played)
+                check(outcomes, read_in_the_end(scene))
+        finally:
+            scene.stack = outer
+
+    holds()
+
+
+def check(outcomes: dict[tuple[int, int], Outcome], read: list[tuple[int, int]]) -> None:
+    """The promise, for the messages (caller, number) that agents have read."""
+    assert len(set(read)) == len(read), "a message arrived twice"
+    assert set(read) <= set(outcomes)
+    assert {which for which, outcome in outcomes.items() if outcome is D} <= set(read)
+    assert not {which for which, outcome in outcomes.items() if outcome is N} & set(read)
+    for caller, _ in outcomes:
+        numbers = [number for which, number in read if which == caller]
+        assert numbers == sorted(numbers), "a caller's messages changed their order"
