@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from reconciler.agents import AgentProbe as AgentProbe
     from reconciler.controller import Reconciler as Reconciler
     from reconciler.errors import AgentExitedError as AgentExitedError
     from reconciler.errors import AgentNotFoundError as AgentNotFoundError
@@ -36,12 +37,16 @@ if TYPE_CHECKING:
     from reconciler.rpc_writer import Delivery as Delivery
     from reconciler.rpc_writer import InvalidMessageError as InvalidMessageError
     from reconciler.rpc_writer import ManyDelivery as ManyDelivery
+    from reconciler.rpc_writer import Message as Message
     from reconciler.rpc_writer import Outcome as Outcome
     from reconciler.rpc_writer import Reason as Reason
+    from reconciler.rpc_writer import RpcStream as RpcStream
     from reconciler.rpc_writer import RpcWriter as RpcWriter
     from reconciler.rpc_writer import StreamBrokenError as StreamBrokenError
     from reconciler.rpc_writer import WritePolicy as WritePolicy
     from reconciler.state import Desired as Desired
+    from reconciler.state import Observation as Observation
+    from reconciler.state import Plan as Plan
     from reconciler.state import Policy as Policy
     from reconciler.state import Session as Session
     from reconciler.state import SessionTable as SessionTable
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "agents": ("AgentProbe",),
     "controller": ("Reconciler",),
     "errors": (
         "AgentExitedError",
@@ -72,25 +78,37 @@ _HOMES = {
         "Delivery",
         "InvalidMessageError",
         "ManyDelivery",
+        "Message",
         "Outcome",
         "Reason",
+        "RpcStream",
         "RpcWriter",
         "StreamBrokenError",
         "WritePolicy",
     ),
-    "state": ("Desired", "Policy", "Session", "SessionTable", "Verdict"),
+    "state": (
+        "Desired",
+        "Observation",
+        "Plan",
+        "Policy",
+        "Session",
+        "SessionTable",
+        "Verdict",
+    ),
 }
 _ROOM_OF = {name: room for room, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_ROOM_OF)  # noqa: PLE0605 - a list of strings, made from the table above
 
 
-def __getattr__(name: str) -> object:
-    if (room := _ROOM_OF.get(name)) is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        if (room := _ROOM_OF.get(name)) is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

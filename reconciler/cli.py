@@ -6,6 +6,7 @@ command that needs them, so that a client command starts fast.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -21,15 +22,18 @@ from reconciler.errors import InvalidRequestError, NoSuchSessionError, Reconcile
 from reconciler.layout import InvalidSessionIdError
 
 if TYPE_CHECKING:
-    from reconciler.keeper import Finding, KeeperManager
+    from reconciler.controller import Reconciler
+    from reconciler.keeper import KeeperManager
     from reconciler.metrics import Metrics
     from reconciler.rpc_writer import BlockingRpcWriter, ManyDelivery
     from reconciler.settings import Settings
     from reconciler.state import SessionTable
 
-FAILURE, NO_SUCH_SESSION, TRY_AGAIN, NOT_KNOWN, BAD_SETTINGS = 1, 3, 75, 76, 78
-"""Exit codes; 0 is success, and click's 2 is wrong usage. 75 and 78 are sysexits' EX_TEMPFAIL
-and EX_CONFIG."""
+FAILURE, USAGE, NO_SUCH_SESSION, TRY_AGAIN, NOT_KNOWN, BAD_SETTINGS = 1, 2, 3, 75, 76, 78
+"""Exit codes; 0 is success. 75 and 78 are sysexits' EX_TEMPFAIL and EX_CONFIG."""
+
+INTERRUPTED = 130
+"""What a shell expects of a program that Ctrl-C ended: 128 and the number of SIGINT."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -64,27 +68,25 @@ class Common:
 
 def fail(message: str, code: int) -> NoReturn:
     """End with one line on standard error."""
-    click.echo(f"pi-reconciler: {message}", err=True)
+    line = message.encode(errors="backslashreplace").decode().replace("\n", " ")
+    with contextlib.suppress(OSError):  # nobody reads it: the exit code still tells
+        click.echo(f"pi-reconciler: {line}", err=True)
     sys.exit(code)
 
 
 class Group(click.Group):
-    """The command group: aliases, options of all commands, errors as one line."""
+    """The command group: aliases, and an end by Ctrl-C that says so once."""
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Find a command by its name or alias."""
         return super().get_command(ctx, {"ps": "ls"}.get(name, name))
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own type
-        """Run a command; every failure that is known becomes a line and a code."""
+        """Run a command."""
         try:
             return super().invoke(ctx)
-        except NoSuchSessionError as error:
-            fail(str(error), NO_SUCH_SESSION)
-        except (InvalidSessionIdError, InvalidRequestError) as error:
-            raise click.UsageError(str(error)) from error
-        except ReconcilerError as error:
-            fail(str(error), FAILURE)
+        except KeyboardInterrupt:
+            raise click.Abort from None
 
 
 class WithAgent(click.Command):
@@ -103,20 +105,24 @@ class WithAgent(click.Command):
         return [*super().collect_usage_pieces(ctx), "[-- AGENT ARG...]"]
 
 
-class Address(click.ParamType[tuple[str, int]]):
-    """``HOST:PORT``."""
+def _address(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    """``HOST:PORT``, split."""
+    if value is None:
+        return None
+    host, _colon, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
+        raise click.BadParameter(f"{value!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
 
-    name = "address"
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int]:
-        """Split it, or say what is wrong with it."""
-        host, _, port = str(value).rpartition(":")
-        if not host or not port.isdecimal() or int(port) >= 1 << 16:
-            self.fail(f"{value!r} is not HOST:PORT", param, ctx)
-        return host.strip("[]"), int(port)
+def _seconds(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    """A span of time; click's own ranges let NaN pass."""
+    if value is not None and not 0 < value <= _DAY:
+        raise click.BadParameter(f"{value:g} is not above 0 and at most {_DAY} seconds")
+    return value
 
+
+_DAY = 86_400
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -124,20 +130,19 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that all have, after its name as well as before it."""
 
-    def remember(ctx: click.Context, _: click.Parameter, value: Path | None) -> None:
-        if value is not None:
-            ctx.ensure_object(dict)["sessions_dir"] = value
-
-    def remember_config(ctx: click.Context, _: click.Parameter, value: Path | None) -> None:
-        if value is not None:
-            ctx.ensure_object(dict)["config"] = value
+    def remember(ctx: click.Context, option: click.Parameter, value: Path | None) -> None:
+        chosen = ctx.ensure_object(dict)
+        given = ctx.get_parameter_source(str(option.name)) is _FROM_COMMAND_LINE
+        if value is not None and (given or option.name not in chosen):  # a flag beats a variable
+            chosen[option.name] = value
 
     command = click.option(
         "--config",
-        type=click.Path(path_type=Path, dir_okay=False),
+        type=click.Path(path_type=Path),
         envvar="PI_RECONCILER_CONFIG",
-        callback=remember_config,
+        callback=remember,
         expose_value=False,
+        metavar="FILE",
         help="The settings file.  [default: config.toml in the user's config folder]",
     )(command)
     return click.option(
@@ -146,8 +151,12 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
         envvar="PI_RECONCILER_SESSIONS_DIR",
         callback=remember,
         expose_value=False,
+        metavar="DIR",
         help="The sessions folder.  [default: ~/.pi/dashboard/sessions]",
     )(command)
+
+
+_FROM_COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
 
 
 def pass_common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,10 +180,11 @@ def _common(chosen: dict[str, Path]) -> Common:
         fail(str(error), BAD_SETTINGS)
 
 
-@click.group(cls=Group, context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT, invoke_without_command=True)
 @click.version_option(__version__, prog_name="pi-reconciler")
 @common
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Keep the keepers of headless pi sessions right.
 
     A keeper owns one pi agent and listens on a socket in the sessions folder. This program
@@ -192,12 +202,21 @@ def cli() -> None:
     Exit codes: 0 success, 1 failure, 2 usage, 3 no such session, 75 not delivered (safe to
     send again), 76 delivery not known, 78 bad settings.
     """  # noqa: D301 - click wants the real character
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        ctx.exit(USAGE)
 
 
 @cli.command()
 @click.option("--once", is_flag=True, help="Do one full pass, and end when it is through.")
 @click.option("--dry-run", is_flag=True, help="Decide and tell everything, and do nothing.")
-@click.option("--resync", type=float, help="Seconds between two full looks.  [default: 60]")
+@click.option(
+    "--resync",
+    type=float,
+    callback=_seconds,
+    metavar="SECONDS",
+    help="Time between two full looks when nothing asks for one.  [default: 60]",
+)
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -210,7 +229,7 @@ def cli() -> None:
 )
 @click.option(
     "--metrics",
-    type=Address(),
+    callback=_address,
     metavar="HOST:PORT",
     help="Expose metrics for Prometheus there, for instance 127.0.0.1:9464.  [default: off]",
 )
@@ -229,14 +248,19 @@ def run(
 
     Its log goes to standard output. SIGTERM or SIGINT end it; keepers and agents live on.
     Only one can work on a folder; with --dry-run another one may look on.
-    """
+
+    \b
+    Clean up once, and end:           pi-reconciler run --once
+    See what that would do:           pi-reconciler run --once --dry-run
+    Log and metrics for an operator:  pi-reconciler run --log-form json --metrics 127.0.0.1:9464
+    """  # noqa: D301 - click wants the real character
     import asyncio
 
     from reconciler.controller import Reconciler
     from reconciler.logs import make_logger
 
     settings = given.settings
-    log = make_logger(sys.stdout, log_level or settings.log.level, log_form or settings.log.form)
+    log = make_logger(sys.stdout, log_level or settings.log_level, log_form or settings.log_form)
     reconciler = Reconciler(
         given.manager(),
         resync=resync or settings.resync,
@@ -262,19 +286,23 @@ def _metrics(host: str, port: int) -> Callable[[SessionTable], Metrics]:
     return expose
 
 
-async def _serve(reconciler: Any, *, once: bool) -> None:  # noqa: ANN401 - imported late
+async def _serve(reconciler: Reconciler, *, once: bool) -> None:
     import asyncio
     import signal
 
-    ended = asyncio.Event()
     loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(number, asked.set)
     async with reconciler:
+        reasons: set[asyncio.Task[Any]] = {loop.create_task(asked.wait())}
         if once:
-            await reconciler.settled()
-        else:
-            await ended.wait()
+            reasons.add(loop.create_task(reconciler.settled()))
+        ended, pending = await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        for task in ended:
+            task.result()
 
 
 def _raise_descriptor_limit() -> None:
@@ -282,7 +310,8 @@ def _raise_descriptor_limit() -> None:
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(OSError, ValueError):  # where "no limit" is more than allowed
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @cli.command(cls=WithAgent)
@@ -310,7 +339,12 @@ def spawn(
     SID is a new UUID when left out, and AGENT is `pi --mode rpc`. Returns when the keeper
     accepts connections and the agent has lived 300 ms; if it does not come to that, the
     reason is told and nothing is left.
-    """
+
+    \b
+    A pi session in this folder:      pi-reconciler spawn demo
+    With arguments for the agent:     pi-reconciler spawn demo -- pi --mode rpc --offline
+    Elsewhere, its output kept:       pi-reconciler spawn demo --cwd ~/work --capture
+    """  # noqa: D301 - click wants the real character
     import asyncio
 
     from reconciler.spawning import default_environment
@@ -350,7 +384,13 @@ def _variables(pairs: Iterable[str]) -> dict[str, str]:
 @cli.command()
 @click.argument("sid")
 @click.argument("line")
-@click.option("--timeout", type=float, help="Seconds after which to give up.")
+@click.option(
+    "--timeout",
+    type=float,
+    callback=_seconds,
+    metavar="SECONDS",
+    help="When to give up.  [default: as the settings say, about 1.3 s without progress]",
+)
 @json_option
 @pass_common
 def write(given: Common, sid: str, line: str, timeout: float | None, *, as_json: bool) -> None:
@@ -359,13 +399,17 @@ def write(given: Common, sid: str, line: str, timeout: float | None, *, as_json:
     Ends with 0 when all is in the agent's input, with 75 when nothing was handed over (it
     is safe to try again), with 76 when that cannot be known, with 3 when there is no such
     session. The lines of standard input go through one connection; blank ones are skipped.
-    """
+
+    \b
+    One command:                      pi-reconciler write demo '{"type":"get_state","id":"1"}'
+    A file of them:                   pi-reconciler write demo - < commands.jsonl
+    """  # noqa: D301 - click wants the real character
     from reconciler.layout import Role, check_sid, file_name
-    from reconciler.rpc_writer import BlockingRpcWriter, InvalidMessageError
+    from reconciler.rpc_writer import BlockingRpcWriter, InvalidMessageError, WritePolicy
 
     check_sid(sid)
     folder = given.folder()
-    writer = BlockingRpcWriter(folder, policy=given.settings.write)
+    writer = BlockingRpcWriter(folder, policy=given.settings.write or WritePolicy())
     try:
         if line == "-":
             delivery = _write_stdin(writer, sid, timeout)
@@ -384,23 +428,39 @@ def write(given: Common, sid: str, line: str, timeout: float | None, *, as_json:
 
 
 def _write_stdin(writer: BlockingRpcWriter, sid: str, timeout: float | None) -> ManyDelivery:
-    from reconciler.rpc_writer import StreamBrokenError
+    """Write the lines of standard input; a line that is none ends it, after those before it."""
+    from reconciler.rpc_writer import InvalidMessageError, StreamBrokenError
 
+    number, refused = 0, ""
     try:
         with writer.stream(sid, timeout=timeout) as stream:
-            for line in _progress(_lines()):
-                stream.send(line, timeout=timeout)
+            for number, line in enumerate(_progress(_lines()), 1):  # noqa: B007 - told below
+                if not line.strip():
+                    continue
+                try:
+                    stream.send(line, timeout=timeout)
+                except InvalidMessageError as error:
+                    refused = str(error)
+                    break
     except StreamBrokenError as error:
         return error.delivery
     if stream.delivery is None:
         raise AssertionError("a stream that has ended knows its delivery")
+    if refused:
+        raise click.UsageError(
+            f"line {number} of standard input: {refused}; "
+            f"the {stream.delivery.total} before it were delivered, none after it was sent"
+        )
     return stream.delivery
 
 
 def _lines() -> Iterator[bytes]:
-    for line in sys.stdin.buffer:
-        if stripped := line.removesuffix(b"\n").strip():
-            yield stripped
+    from reconciler.rpc_writer import MAX_LINE
+
+    if sys.stdin is None:
+        raise click.UsageError("standard input is closed")
+    while line := sys.stdin.buffer.readline(MAX_LINE + 2):
+        yield line
 
 
 def _progress(lines: Iterator[bytes]) -> Iterator[bytes]:
@@ -452,57 +512,18 @@ def ls(given: Common, *, as_json: bool) -> None:
     """List the sessions, one row each (alias: ps).
 
     Looks at the folder and the processes itself, and needs no running daemon.
-    """
+
+    \b
+    For a script:                     pi-reconciler ls --json | jq -r '.[].sid'
+    """  # noqa: D301 - click wants the real character
+    from reconciler import screens
+
     manager = given.manager()
-    rows = [_row(finding, manager.sessions_dir) for finding in manager.find()]
+    rows = [screens.row(finding, manager.sessions_dir) for finding in manager.find()]
     if as_json:
         _print_json(rows)
-        return
-    cells = [("SID", "PHASE", "KEEPER", "AGENT", "AGE")]
-    cells += [
-        (
-            str(row["sid"]),
-            str(row["phase"]),
-            str(row["keeper_pid"] or "-"),
-            str(row["agent_pid"] or "-"),
-            _age(row["age_s"]),
-        )
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        click.echo("  ".join(map(str.ljust, line, widths)).rstrip())
-
-
-def _row(finding: Finding, folder: Path) -> dict[str, Any]:
-    from reconciler.layout import socket_address
-    from reconciler.state import Session
-
-    session = Session(finding.seen.sid, seen=finding.seen, plan=finding.plan)
-    alive = session.keeper_pid is not None
-    return {
-        "sid": session.sid,
-        "phase": session.phase.value,
-        "keeper_pid": session.keeper_pid,
-        "agent_pid": session.agent_pid,
-        "age_s": round(finding.seen.keeper.age, 1) if alive else None,
-        "socket": socket_address(folder, session.sid),
-        "reason": session.reason,
-    }
-
-
-def _age(seconds: float | None) -> str:
-    """An age as `docker ps` users know it: the two largest units."""
-    if seconds is None:
-        return "-"
-    units = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
-    left = int(seconds)
-    parts: list[str] = []
-    for name, size in units:
-        if left >= size or (name == "s" and not parts):
-            parts.append(f"{left // size}{name}")
-        left %= size
-    return "".join(parts[:2])
+    else:
+        _print_lines(screens.table(rows))
 
 
 @cli.command()
@@ -510,84 +531,43 @@ def _age(seconds: float | None) -> str:
 @json_option
 @pass_common
 def inspect(given: Common, sid: str, *, as_json: bool) -> None:
-    """Tell everything known of one session, and what would be done about it and why."""
-    import msgspec
+    """Tell what is known of one session, what would be done about it, and why.
+
+    With --json it is everything, to the inode. Looks itself, and changes nothing.
+
+    \b
+    Why is it not ready?              pi-reconciler inspect demo
+    """  # noqa: D301 - click wants the real character
+    from reconciler import screens
 
     manager = given.manager()
     finding = manager.inspect(sid)
-    row = _row(finding, manager.sessions_dir)
-    facts = msgspec.to_builtins(finding.seen, enc_hook=repr)
-    told: dict[str, Any] = {
-        **row,
-        "actions": [_action(action) for action in finding.plan.actions],
-        "look_again_after_s": finding.plan.again_after,
-        "observation": _readable(facts),
-    }
     if as_json:
-        _print_json(told)
-        return
-    for line in _indented(told):
-        click.echo(line)
-
-
-def _action(action: object) -> str:
-    """An action in words."""
-    from reconciler.state import Adopt, Rebind, Remove, StopAgent, StopKeeper
-
-    match action:
-        case Remove(entries):
-            return f"remove {', '.join(role.value for role, _ in entries)}"
-        case StopKeeper(process, at_once):
-            return f"stop keeper {process.pid}{' by SIGKILL' if at_once else ''}"
-        case StopAgent(process):
-            return f"stop agent {process.pid}"
-        case Rebind(process):
-            return f"tell keeper {process.pid} to bind its socket again"
-        case Adopt(process):
-            return f"write the pid file of keeper {process.pid} again"
-        case _:
-            return repr(action)
-
-
-def _readable(facts: Any) -> Any:  # noqa: ANN401 - plain JSON values
-    """Leave out what says nothing: empty texts, unknown numbers, monotonic stamps."""
-    if isinstance(facts, dict):
-        return {
-            key: _readable(value)
-            for key, value in facts.items()
-            if value not in ("", None, [], 0) and key not in {"now", "since", "sid", "text"}
-        }
-    return facts
-
-
-def _indented(told: dict[str, Any], depth: int = 0) -> Iterator[str]:
-    for key, value in told.items():
-        name = f"{'  ' * depth}{key}:"
-        if isinstance(value, dict):
-            yield name
-            yield from _indented(value, depth + 1)
-        elif isinstance(value, list):
-            yield f"{name} {'; '.join(map(str, value)) or '-'}"
-        else:
-            yield f"{name} {'-' if value is None else value}"
+        _print_json(screens.everything(finding, manager.sessions_dir))
+    else:
+        _print_lines(screens.told(finding, manager.sessions_dir))
 
 
 @cli.command()
 @click.argument("sids", nargs=-1, metavar="[SID]...")
-@click.option("--all", "everything", is_flag=True, help="Stop every session that lives.")
+@click.option("--all", "everything", is_flag=True, help="Stop every session that `ls` lists.")
 @json_option
 @pass_common
 def stop(given: Common, sids: tuple[str, ...], *, everything: bool, as_json: bool) -> None:
     """End sessions; returns when their processes are dead and their files gone.
 
     SIGTERM first, SIGKILL 2 s later. What is left of a dead session is removed as well.
-    """
+
+    \b
+    Two of them:                      pi-reconciler stop demo other
+    All that `ls` lists:              pi-reconciler stop --all
+    """  # noqa: D301 - click wants the real character
     import asyncio
 
     manager = given.manager()
     if everything == bool(sids):
         raise click.UsageError("give session ids, or --all")
-    chosen = sids or tuple(finding.seen.sid for finding in manager.find())
+    chosen = dict.fromkeys(sids or (finding.seen.sid for finding in manager.find()))
     results = asyncio.run(_stop_all(manager, chosen))
     if as_json:
         _print_json([result for _, result in results])
@@ -625,9 +605,43 @@ async def _stop_all(
 
 
 def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
+    pretty = sys.stdout is not None and sys.stdout.isatty()
+    click.echo(json.dumps(value, indent=2 if pretty else None))
 
 
-def main() -> None:
-    """Run the command line."""
-    cli(prog_name="pi-reconciler")
+def _print_lines(lines: Iterable[str]) -> None:
+    click.echo("\n".join(lines))
+
+
+def main() -> NoReturn:
+    """Run the command line; whatever goes wrong becomes one line and an exit code."""
+    try:
+        sys.exit(cli.main(prog_name="pi-reconciler", standalone_mode=False))
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "pi-reconciler"
+        fail(f"{error.format_message().rstrip('.')} (see {command} --help)", USAGE)
+    except (InvalidSessionIdError, InvalidRequestError) as error:
+        fail(str(error), USAGE)
+    except NoSuchSessionError as error:
+        fail(str(error), NO_SUCH_SESSION)
+    except ReconcilerError as error:
+        fail(str(error), FAILURE)
+    except click.Abort:
+        fail("interrupted", INTERRUPTED)
+    except OSError as error:  # but for a broken pipe, which click ends with 1 in silence
+        _close_output()
+        fail(str(error), FAILURE)
+    except Exception as error:
+        if os.environ.get("PI_RECONCILER_DEBUG"):
+            raise
+        kind = type(error).__name__
+        fail(f"a defect: {kind}: {error} (PI_RECONCILER_DEBUG=1 shows where)", FAILURE)
+
+
+def _close_output() -> None:
+    """Keep what could not be written from being tried again, and told of, at the very end."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)

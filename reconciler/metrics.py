@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from reconciler.state import SessionTable, Verdict
+from reconciler.state import Session, SessionTable, Verdict
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -72,13 +72,24 @@ class Metrics:
 
 
 class _Phases(Collector):
-    """Counts the sessions by phase at the moment of reading, so nothing has to be kept."""
+    """Counts the sessions by phase at the moment of reading.
+
+    The table belongs to the event loop's thread, and metrics are read in another: so each
+    change is noted as it is told, in a dictionary that can be copied in one step.
+    """
 
     def __init__(self, sessions: SessionTable) -> None:
-        self._sessions = sessions
+        self._phases = {sid: session.phase for sid, session in sessions.items()}
+        sessions.subscribe(self._note)
+
+    def _note(self, session: Session) -> None:
+        if session.phase is Verdict.ABSENT:
+            self._phases.pop(session.sid, None)
+        else:
+            self._phases[session.sid] = session.phase
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        phases = Tally(session.phase for session in tuple(self._sessions.values()))
+        phases = Tally(self._phases.copy().values())
         family = GaugeMetricFamily(
             "pi_reconciler_sessions", "Sessions known, by phase.", labels=("phase",)
         )

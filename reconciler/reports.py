@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
     from reconciler.metrics import Metrics
 
-_TOLD_ONCE = frozenset(
-    {Verdict.REFUSED, Verdict.UNVERIFIABLE, Verdict.MISSING, Verdict.UNREACHABLE}
-)
+_TOLD_ONCE: Mapping[Verdict, str] = {
+    Verdict.REFUSED: "session.refused",
+    Verdict.UNVERIFIABLE: "session.unverifiable",
+    Verdict.MISSING: "session.missing",
+    Verdict.UNREACHABLE: "session.unreachable",
+}
 _EVENTS: Mapping[type, str] = {
     Remove: "session.cleaned",
     StopKeeper: "keeper.stopped",
@@ -61,7 +64,7 @@ class Reporter:
             actions = [type(action).__name__ for action in plan.actions]
             self._tell(self._log.info, "session.planned", seen, plan, actions=actions)
         elif plan.verdict in _TOLD_ONCE and not plan.actions:
-            self._tell(self._log.warning, f"session.{plan.verdict.value}", seen, plan)
+            self._tell(self._log.warning, _TOLD_ONCE[plan.verdict], seen, plan)
         else:
             self._tell(self._log.debug, "session.seen", seen, plan)
 

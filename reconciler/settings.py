@@ -1,69 +1,34 @@
-"""Settings: a TOML file, every value checked, unknown keys refused.
+"""Settings: what an operator may choose, and the file that says it.
 
-The defaults are those of the rooms that use them; ``config/pi-reconciler.toml`` lists and
-explains each one.
+Loading is cheap where there is no file: what checks one (`reconciler.schema`) is imported
+when there is something to check, and the rooms that the values are for are not needed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import typing
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING
 
-import msgspec
-import platformdirs
-
-from reconciler.ladder import Ladder
-from reconciler.logs import Form, Level
-from reconciler.rpc_writer import WritePolicy
-from reconciler.state import Policy
-
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+if TYPE_CHECKING:
+    from reconciler.ladder import Ladder
+    from reconciler.logs import Form, Level
+    from reconciler.rpc_writer import WritePolicy
+    from reconciler.state import Policy
 
 
 class SettingsError(Exception):
     """A settings file that cannot be used: which file, which key, what was found."""
 
 
-def _table(kind: type) -> type[msgspec.Struct]:
-    """A strict TOML table with the fields and defaults of a room's own dataclass."""
-    hints = typing.get_type_hints(kind)
-    fields = [
-        (field.name, Seconds if hints[field.name] is float else hints[field.name], field.default)
-        for field in dataclasses.fields(kind)
-    ]
-    return msgspec.defstruct(kind.__name__, fields, forbid_unknown_fields=True, frozen=True)
-
-
-_Policy, _Ladder, _Write = _table(Policy), _table(Ladder), _table(WritePolicy)
-
-
-class LogSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """``[log]``: what is written, and how."""
-
-    level: Level = "info"
-    form: Form = "auto"
-
-
-class _File(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The whole file."""
-
-    sessions_dir: str = ""
-    programs: tuple[str, ...] = ()
-    keeper_command: tuple[str, ...] = ()
-    agent_command: tuple[str, ...] = ()
-    resync: Seconds = 60.0
-    policy: _Policy = msgspec.field(default_factory=_Policy)  # type: ignore[valid-type]
-    ladder: _Ladder = msgspec.field(default_factory=_Ladder)  # type: ignore[valid-type]
-    write: _Write = msgspec.field(default_factory=_Write)  # type: ignore[valid-type]
-    log: LogSettings = LogSettings()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What a settings file says, as the rooms take it.
+
+    ``config/pi-reconciler.toml`` explains each value.
 
     Attributes:
         sessions_dir: the folder, or None for the dashboard's.
@@ -71,10 +36,11 @@ class Settings:
         keeper_command: what `spawn` runs; empty for our own keeper.
         agent_command: what keepers run; empty for ``pi --mode rpc``.
         resync: seconds between two full looks.
-        policy: the times that decisions depend on.
-        ladder: how processes are ended.
-        write: how lines are delivered.
-        log: what is logged, and how.
+        policy: the times that decisions depend on; None for the room's defaults.
+        ladder: how processes are ended; None for the room's defaults.
+        write: how lines are delivered; None for the room's defaults.
+        log_level: the lowest level that is logged.
+        log_form: how log lines look.
     """
 
     sessions_dir: Path | None = None
@@ -82,14 +48,27 @@ class Settings:
     keeper_command: tuple[str, ...] = ()
     agent_command: tuple[str, ...] = ()
     resync: float = 60.0
-    policy: Policy = dataclasses.field(default_factory=Policy)
-    ladder: Ladder = dataclasses.field(default_factory=Ladder)
-    write: WritePolicy = dataclasses.field(default_factory=WritePolicy)
-    log: LogSettings = dataclasses.field(default_factory=LogSettings)
+    policy: Policy | None = None
+    ladder: Ladder | None = None
+    write: WritePolicy | None = None
+    log_level: Level = "info"
+    log_form: Form = "auto"
 
 
-def default_path() -> Path:
-    """Where the settings file is looked for when none is named."""
+def default_path(
+    environ: Mapping[str, str] = os.environ, home: Path | None = None, platform: str = sys.platform
+) -> Path:
+    """Where the settings file is looked for when none is named.
+
+    The user's config folder as platformdirs knows it. On Linux it is written out here, so
+    that a client command need not import that.
+    """
+    if platform == "linux":
+        chosen = environ.get("XDG_CONFIG_HOME", "").strip()
+        base = Path(chosen) if chosen else (home or Path.home()) / ".config"
+        return base / "pi-reconciler" / "config.toml"
+    import platformdirs  # noqa: PLC0415 - see above
+
     return platformdirs.user_config_path("pi-reconciler", appauthor=False) / "config.toml"
 
 
@@ -100,18 +79,20 @@ def load(path: Path | None = None) -> Settings:
         path: the file. When None, the default one, which need not be there.
 
     Raises:
-        SettingsError: the file cannot be read or holds something that it must not.
+        SettingsError: the file cannot be read, or holds something that it must not.
     """
     named = path is not None
     path = path or default_path()
     try:
         text = path.read_bytes()
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         if not named:
             return Settings()
-        raise SettingsError(f"settings file {str(path)!r} is not there") from error
+        raise SettingsError(f"settings file {str(path)!r} is not there") from None
     except OSError as error:
-        raise SettingsError(f"settings file {str(path)!r}: {error.strerror}") from error
+        raise SettingsError(
+            f"settings file {str(path)!r} cannot be read: {error.strerror}"
+        ) from error
     return parse(text, str(path))
 
 
@@ -123,39 +104,12 @@ def parse(text: bytes, source: str = "settings") -> Settings:
         source: what to call it in an error.
 
     Raises:
-        SettingsError: what is wrong, under which key.
+        SettingsError: all that is wrong: under which key, what was found, what is allowed.
     """
+    from reconciler.schema import read  # noqa: PLC0415 - and all rooms that have settings with it
+
     try:
-        file = msgspec.toml.decode(text, type=_File)
-        return Settings(
-            sessions_dir=Path(os.path.expanduser(file.sessions_dir)) if file.sessions_dir else None,
-            programs=frozenset(file.programs),
-            keeper_command=file.keeper_command,
-            agent_command=file.agent_command,
-            resync=file.resync,
-            policy=Policy(**_fields(file.policy)),
-            ladder=Ladder(**_fields(file.ladder)),
-            write=WritePolicy(**_fields(file.write)),
-            log=file.log,
-        )
-    except (msgspec.DecodeError, ValueError) as error:
-        raise SettingsError(f"{source}: {error}{_allowed(str(error))}") from error
-
-
-def _fields(table: Any) -> dict[str, Any]:  # noqa: ANN401 - a struct made from a dataclass
-    return msgspec.structs.asdict(table)
-
-
-def _allowed(error: str) -> str:
-    """The keys that may stand where an unknown one was found."""
-    if "unknown field" not in error:
-        return ""
-    tables: dict[str, type[msgspec.Struct]] = {
-        "$.policy": _Policy,
-        "$.ladder": _Ladder,
-        "$.write": _Write,
-        "$.log": LogSettings,
-    }
-    place = error.rpartition("`")[0].rpartition("`")[2]
-    names = tables.get(place, _File).__struct_fields__
-    return f"; allowed there: {', '.join(names)}"
+        values = read(text)
+    except ValueError as error:
+        raise SettingsError(f"{source}: {error}") from error
+    return Settings(**values)

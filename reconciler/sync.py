@@ -26,9 +26,22 @@ def _blocking(method: _Async[P, T]) -> Callable[Concatenate[keeper.KeeperManager
 
     @functools.wraps(method)
     def run(self: keeper.KeeperManager, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        _refuse_loop(method.__name__)
         return asyncio.run(method(self, *args, **kwargs))
 
     return run
+
+
+def _refuse_loop(name: str) -> None:
+    """A call that blocks would stop a running loop, and whatever it waits for there."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(
+        f"an event loop is running: await reconciler.KeeperManager.{name}, "
+        "or call this one from another thread"
+    )
 
 
 _spawn = _blocking(keeper.KeeperManager.spawn)

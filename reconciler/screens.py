@@ -1,0 +1,188 @@
+"""What commands show of sessions: rows and words for a person, plain values for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from reconciler.keeper import Finding
+from reconciler.layout import socket_address
+from reconciler.state import (
+    Adopt,
+    AgentState,
+    Entry,
+    EntryKind,
+    KeeperState,
+    Listening,
+    Observation,
+    Plan,
+    Rebind,
+    Remove,
+    Session,
+    StopAgent,
+    StopKeeper,
+)
+
+
+def row(finding: Finding, folder: Path) -> dict[str, Any]:
+    """A session as `ls --json` gives it."""
+    session = Session(finding.seen.sid, seen=finding.seen, plan=finding.plan)
+    return {
+        "sid": session.sid,
+        "phase": session.phase.value,
+        "keeper_pid": session.keeper_pid,
+        "agent_pid": session.agent_pid,
+        "age_s": round(finding.seen.keeper.age, 1) if session.keeper_pid else None,
+        "socket": socket_address(folder, session.sid),
+        "reason": session.reason,
+    }
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Rows as `ls` shows them, under a heading."""
+    cells = [("SID", "PHASE", "KEEPER", "AGENT", "AGE")]
+    cells += [
+        (
+            row["sid"],
+            row["phase"],
+            str(row["keeper_pid"] or "-"),
+            str(row["agent_pid"] or "-"),
+            age(row["age_s"]),
+        )
+        for row in rows
+    ]
+    return _aligned(cells)
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield "  ".join(map(str.ljust, line, widths)).rstrip()
+
+
+def age(seconds: float | None) -> str:
+    """A span as `docker ps` users know it: the two largest units."""
+    if seconds is None:
+        return "-"
+    units = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
+    left = int(seconds)
+    parts: list[str] = []
+    for name, size in units:
+        if parts or left >= size or name == "s":
+            parts.append(f"{left // size}{name}")
+        left %= size
+    return "".join(parts[:2])
+
+
+def everything(finding: Finding, folder: Path) -> dict[str, Any]:
+    """A session as `inspect --json` gives it: the row, the plan and every fact."""
+    facts = msgspec.to_builtins(finding.seen, enc_hook=repr)
+    return {
+        **row(finding, folder),
+        "actions": [action_words(action) for action in finding.plan.actions],
+        "look_again_after_s": finding.plan.again_after,
+        "observation": _telling(facts),
+    }
+
+
+def _telling(facts: Any) -> Any:  # noqa: ANN401 - plain JSON values
+    """Leave out what says nothing: empty texts, unknown numbers, monotonic stamps."""
+    if isinstance(facts, dict):
+        return {
+            key: _telling(value)
+            for key, value in facts.items()
+            if value not in ("", None, [], 0) and key not in {"now", "since", "sid", "text"}
+        }
+    if isinstance(facts, list | tuple):
+        return [_telling(value) for value in facts]
+    return facts
+
+
+def told(finding: Finding, folder: Path) -> Iterator[str]:
+    """A session as `inspect` shows it: what is seen, what that means, what would be done."""
+    seen, plan = finding.seen, finding.plan
+    yield f"session {seen.sid} in {folder}"
+    yield ""
+    yield from _aligned(
+        [
+            ("keeper", _keeper(seen)),
+            *(("rival keeper", rival.evidence) for rival in seen.rivals),
+            ("agent", _agent(seen)),
+            ("socket", _socket(seen)),
+            ("pid file", _pid_file(seen.pid_file)),
+            ("agent pid file", _pid_file(seen.agent_file)),
+            *([("filesystem", "a network's, where a dead pid proves little")] * seen.remote),
+            ("", ""),
+            ("phase", f"{plan.verdict.value}, because: {plan.reason}"),
+            ("would do", "; then ".join(_steps(plan)) or "nothing"),
+        ]
+    )
+
+
+def _keeper(seen: Observation) -> str:
+    keeper = seen.keeper
+    match keeper.state:
+        case KeeperState.PROVEN:
+            return f"alive for {age(keeper.age)}: {keeper.evidence}"
+        case KeeperState.NONE:
+            return keeper.evidence or "none lives"
+        case _:
+            return f"{keeper.state.value}: {keeper.evidence}"
+
+
+def _agent(seen: Observation) -> str:
+    agent = seen.agent
+    words = agent.state.value.replace("_", " ")
+    if agent.evidence:
+        words += f": {agent.evidence}"
+    if agent.state is AgentState.ALIVE and not agent.proven:
+        words += " (not proven to be its agent, so never signalled)"
+    return words
+
+
+def _socket(seen: Observation) -> str:
+    if seen.socket.kind is not EntryKind.SOCKET:
+        return _entry(seen.socket)
+    match seen.listening:
+        case Listening.ANSWERED if seen.listener is not None:
+            return f"process {seen.listener.pid} answers"
+        case Listening.ANSWERED:
+            return "answers, by whom cannot be told"
+        case Listening.REFUSED:
+            return "there, and nobody listens on it"
+        case Listening.NOT_ASKED:
+            return "there, not asked"
+
+
+def _pid_file(entry: Entry) -> str:
+    return f"names process {entry.pid}" if entry.kind is EntryKind.PID else _entry(entry)
+
+
+def _entry(entry: Entry) -> str:
+    return f"{entry.kind.value}: {entry.detail}" if entry.detail else entry.kind.value
+
+
+def _steps(plan: Plan) -> Iterator[str]:
+    yield from map(action_words, plan.actions)
+    if plan.again_after is not None:
+        yield f"look again in {plan.again_after:.1f} s"
+
+
+def action_words(action: object) -> str:
+    """An action in words."""
+    match action:
+        case Remove(entries):
+            return f"remove {', '.join(role.value for role, _ in entries)}"
+        case StopKeeper(process, at_once):
+            return f"stop keeper {process.pid}{' by SIGKILL' if at_once else ''}"
+        case StopAgent(process):
+            return f"stop agent {process.pid}"
+        case Rebind(process):
+            return f"tell keeper {process.pid} to bind its socket again"
+        case Adopt(process):
+            return f"write the pid file of keeper {process.pid} again"
+        case _:
+            return repr(action)

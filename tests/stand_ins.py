@@ -1,0 +1,137 @@
+"""Processes that stand in for keepers, agents and innocents, where a real one cannot be had.
+
+Each is a context manager: it runs once it is entered, and is killed at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from conftest import NODE_KEEPER, SINK, alive, until
+
+from reconciler.keeper import KeeperManager, SpawnedKeeper
+from reconciler.processes import SYSTEM
+
+NOBODY = 65534
+"""A user that is not us, when we are root."""
+
+WAITS = "print(os.getpid(), flush=True); signal.pause()"
+
+
+@contextlib.contextmanager
+def running(
+    code: str = WAITS,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    user: int | None = None,
+    held: tuple[int, ...] = (),
+) -> Iterator[list[int]]:
+    """A Python program; gives the pids that it says in its first line, the first its own."""
+    command = [sys.executable, "-I", "-S", "-c", f"import os, signal, socket, sys; {code}"]
+    with subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        user=user,
+        pass_fds=held,
+    ) as process:
+        assert process.stdout is not None
+        said = [int(word) for word in process.stdout.readline().split()]
+        try:
+            yield said or [process.pid]
+        finally:
+            process.kill()
+            for pid in said[1:]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def listening(
+    folder: Path,
+    name: str,
+    *arguments: str,
+    backlog: int = 16,
+    heir: bool = False,
+    user: int | None = None,
+) -> Iterator[list[int]]:
+    """A program that listens and never accepts; with an heir, a child has its socket too."""
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    code = [
+        "listener = socket.socket(socket.AF_UNIX)",
+        f"listener.bind('/proc/self/fd/{descriptor}/{name}')",
+        f"os.close({descriptor})",
+        f"listener.listen({backlog})",
+        "parent = os.getpid()",
+        "pids = [parent, *([os.fork()] if HEIR else [])]".replace("HEIR", str(heir)),
+        "if os.getpid() == parent: print(*pids, flush=True)",
+        "signal.pause()",
+    ]
+    try:
+        with running("\n".join(code), *arguments, user=user, held=(descriptor,)) as pids:
+            yield pids
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def keeper_without_agent(
+    folder: Path, sid: str, program: str = "keeper.cjs", code: str = WAITS
+) -> Iterator[list[int]]:
+    """A program that runs and holds open what a keeper of this folder does, and no more."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with running(code, f"/nowhere/{program}", sid, held=(descriptor,)) as pids:
+            yield pids
+    finally:
+        os.close(descriptor)
+
+
+def spawn(manager: KeeperManager, sid: str) -> SpawnedKeeper:
+    """A real session; its agent lives, and its pid file is there."""
+    spawned = asyncio.run(manager.spawn(sid, agent_command=SINK, ready=False))
+    until((manager.sessions_dir / f"{sid}.rpc.sock.pi-pid").exists, "the agent pid file")
+    return spawned
+
+
+@contextlib.contextmanager
+def usurper(manager: KeeperManager, sid: str) -> Iterator[int]:
+    """A second Node keeper for a session that has one; it takes the names of the first."""
+    pid_file = manager.sessions_dir / f"{sid}.rpc.sock.pid"
+    first = pid_file.read_text()
+    env = {
+        **os.environ,
+        "PI_DASHBOARD_HOME": str(manager.sessions_dir.parents[2]),
+        "PI_KEEPER_PI_CMD": '["sleep"]',
+        "PI_KEEPER_PI_ARGS": '["600"]',
+    }
+    with subprocess.Popen(["node", NODE_KEEPER, sid], env=env, start_new_session=True) as process:
+        until(lambda: pid_file.read_text() not in {"", first}, "it has taken the pid file")
+        until(lambda: agent_of(manager, sid) in (SYSTEM.children(process.pid) or ()))
+        try:
+            yield process.pid
+        finally:
+            for pid in (*(SYSTEM.children(process.pid) or ()), process.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def agent_of(manager: KeeperManager, sid: str) -> int:
+    """The pid in the agent pid file."""
+    path = manager.sessions_dir / f"{sid}.rpc.sock.pi-pid"
+    until(path.read_text, "the agent pid file is written")
+    return int(path.read_text())
+
+
+def kill(*pids: int) -> None:
+    """SIGKILL, and wait until they are dead."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not any(map(alive, pids)))

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SINK, WAIT
+
+import reconciler
+from reconciler import KeeperManager
+
+ROOT = Path(__file__).parent.parent
+
+
+_TELLING = """
+import sys, json
+before = set(sys.modules)
+CODE
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def modules_after(code: str, *arguments: str) -> set[str]:
+    """The modules that a process has imported after some code, beside those of a bare one."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-W", "error", "-c"),
+            _TELLING.replace("CODE", code),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=True,
+        # Without coverage in the process: it imports modules of its own.
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(ROOT / "none")},
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules}
+
+
+# -- Names ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", reconciler.__all__)
+def test_every_public_name_can_be_had_and_explains_itself(name: str) -> None:
+    value = getattr(reconciler, name)
+    assert getattr(reconciler, name) is value
+    assert name in dir(reconciler)
+    if inspect.isclass(value):
+        assert value.__module__.startswith("reconciler.")
+        assert value.__doc__
+
+
+def test_a_star_import_brings_them_all_and_no_more() -> None:
+    space: dict[str, Any] = {}
+    exec("from reconciler import *", space)  # noqa: S102 - allowed at the top of a module alone
+    assert set(space) - {"__builtins__"} == set(reconciler.__all__)
+
+
+def test_the_names_for_type_checkers_are_those_for_the_interpreter() -> None:
+    source = (ROOT / "reconciler" / "__init__.py").read_text()
+    told = {
+        line.rpartition(" as ")[2]
+        for line in source.splitlines()
+        if line.startswith("    from reconciler.")
+    }
+    assert told == set(reconciler.__all__)
+
+
+def test_a_name_that_is_none_is_the_usual_error() -> None:
+    with pytest.raises(AttributeError, match="module 'reconciler' has no attribute 'Nothing'"):
+        getattr(reconciler, "Nothing")  # noqa: B009 - a type checker knows that it is not there
+
+
+FOR_THE_ROOMS = {"Probe", "Folder"}
+"""What methods without an underscore give that only our own rooms call."""
+
+FACTS = {"Observation", "Plan"}
+"""What these are made of is found in `reconciler.state`."""
+
+
+def test_what_public_classes_hold_and_answer_has_a_public_name_too() -> None:
+    shown: set[str] = set()
+    for name in reconciler.__all__:
+        value = getattr(reconciler, name)
+        if inspect.isclass(value) and name not in FACTS:
+            shown |= ours_in(inspect.get_annotations(value), vars(sys.modules[value.__module__]))
+            for method in vars(value).values():
+                if inspect.isfunction(method) and not method.__name__.startswith("_"):
+                    given = {"return": method.__annotations__["return"]}
+                    shown |= ours_in(given, method.__globals__)
+    assert "Finding" in shown
+    assert shown - FOR_THE_ROOMS <= set(reconciler.__all__)
+
+
+def ours_in(hints: dict[str, str], space: dict[str, Any]) -> set[str]:
+    """Our own classes that annotations name."""
+    words = {
+        word
+        for key, hint in hints.items()
+        if not key.startswith("_")
+        for word in re.findall(r"\w+", hint)
+    }
+    return {
+        word
+        for word in words
+        if inspect.isclass(found := space.get(word)) and found.__module__.startswith("reconciler.")
+    }
+
+
+def test_every_error_is_caught_by_the_base_or_is_a_value_error() -> None:
+    for name in reconciler.__all__:
+        value = getattr(reconciler, name)
+        if inspect.isclass(value) and issubclass(value, Exception):
+            assert name.endswith("Error")
+            assert issubclass(
+                value, (reconciler.ReconcilerError, ValueError, reconciler.StreamBrokenError)
+            )
+
+
+def test_the_version_is_the_distributions() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{reconciler.__version__}"\n' in text
+
+
+# -- What an import costs ----------------------------------------------------------------------
+
+HEAVY = {
+    *("asyncio", "click", "msgspec", "platformdirs", "prometheus_client", "psutil", "rich"),
+    *("structlog", "tenacity", "watchdog"),
+}
+
+
+def test_the_bare_import_imports_nothing_else() -> None:
+    modules = modules_after("import reconciler")
+    assert not packages(modules) & HEAVY
+    assert {m for m in modules if m.startswith("reconciler")} == {"reconciler"}
+    assert len(modules) < 25, modules
+
+
+@pytest.mark.parametrize(
+    ("name", "not_needed"),
+    [
+        ("RpcWriter", HEAVY - {"tenacity"}),
+        ("Verdict", HEAVY),
+        ("NoSuchSessionError", HEAVY),
+        ("KeeperManager", HEAVY - {"asyncio", "msgspec", "psutil"}),
+    ],
+)
+def test_a_name_imports_what_it_needs_alone(name: str, not_needed: set[str]) -> None:
+    assert not packages(modules_after(f"from reconciler import {name}")) & not_needed
+
+
+@pytest.fixture
+def demo(folder: Path) -> Path:
+    """A folder with a session in it."""
+    import asyncio  # noqa: PLC0415 - here alone
+
+    asyncio.run(KeeperManager(folder).spawn("demo", agent_command=SINK))
+    return folder
+
+
+COMMAND = (
+    "from reconciler.cli import cli\n"
+    "cli.main(sys.argv[1:], prog_name='pi-reconciler', standalone_mode=False)"
+)
+
+
+def test_write_imports_the_writer_and_little_else(demo: Path) -> None:
+    line = '{"type":"get_state","id":"1"}'
+    modules = modules_after(COMMAND, "write", "demo", line, "--sessions-dir", str(demo))
+    assert packages(modules) & HEAVY == {"click", "tenacity"}
+    assert {m for m in modules if m.startswith("reconciler.")} == {
+        f"reconciler.{room}" for room in ("cli", "errors", "layout", "rpc_writer", "settings")
+    }
+    click = modules_after("import click; click.echo()")
+    assert len(modules - click) < 60, sorted(modules - click)
+
+
+@pytest.mark.parametrize("command", ["ls", "inspect", "stop"])
+def test_client_commands_import_nothing_of_the_daemon(demo: Path, command: str) -> None:
+    arguments = [command, *(["demo"] if command != "ls" else []), "--sessions-dir", str(demo)]
+    found = packages(modules_after(COMMAND, *arguments)) & HEAVY
+    assert found <= {"asyncio", "click", "msgspec", "psutil"}
+
+
+def test_help_imports_no_room_that_works() -> None:
+    modules = modules_after(
+        "from reconciler.cli import cli\n"
+        "cli.main(['run', '--help'], prog_name='pi-reconciler', standalone_mode=False)"
+    )
+    assert packages(modules) & HEAVY == {"click"}
+
+
+def test_a_settings_file_costs_only_where_there_is_one(demo: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "config.toml"
+    settings.write_text("resync = 30\n")
+    line = '{"type":"get_state","id":"1"}'
+    arguments = ["write", "demo", line, "--sessions-dir", str(demo), "--config", str(settings)]
+    assert "reconciler.schema" in modules_after(COMMAND, *arguments)
+
+
+def test_no_room_imports_the_keeper_process() -> None:
+    rooms = ("cli", "controller", "keeper", "schema", "screens", "sync", "testing")
+    modules = modules_after("import " + ", ".join(f"reconciler.{room}" for room in rooms))
+    assert "reconciler.keeper_process" not in modules
