@@ -165,7 +165,7 @@ def _evidence_of_end(
     if children:
         return "the keeper's child is a zombie"
     written = _wall_age(seen.agent_file)
-    if children is not None and written is not None and written <= seen.keeper.age:
+    if children is not None and written is not None and 0 <= written <= seen.keeper.age:
         return f"agent {seen.agent_file.pid}, which the keeper wrote down, is gone"
     return ""
 

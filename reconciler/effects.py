@@ -121,7 +121,7 @@ class Effects:
         if not self._probe.identity.proves_keeper(sid, action.process):
             return False
         if action.replaced is not None:
-            removal = remove(folder, sid, ((Role.PID_FILE, action.replaced),))
+            removal = remove(folder, sid, ((Role.PID_FILE, action.replaced),), listening=True)
             if not removal.complete:
                 return False
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -129,6 +129,9 @@ class Effects:
             descriptor = os.open(name, flags, 0o600, dir_fd=folder.fd)
             try:
                 os.write(descriptor, str(action.process.pid).encode())
+            except OSError:
+                os.unlink(name, dir_fd=folder.fd)
+                raise
             finally:
                 os.close(descriptor)
             return True

@@ -13,9 +13,9 @@ import contextlib
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from reconciler.processes import SYSTEM, Processes, open_pidfd
+from reconciler.processes import SYSTEM, Life, Processes, open_pidfd
 from reconciler.state import ProcessId
 
 POLL_PERIOD = 0.5
@@ -94,14 +94,15 @@ class Exits:
             self._tell_degraded(str(error.strerror))
             return None
         facts = self._processes.facts(process.pid)
-        if pidfd is None:
-            if facts.process == process:
-                self._tell_degraded("this system has no pidfds")
-            return None
-        if facts.process != process:
+        if pidfd is not None and facts.process == process:
+            return pidfd
+        if pidfd is not None:
             os.close(pidfd)
-            return None
-        return pidfd
+        if facts.life is Life.HIDDEN:
+            self._tell_degraded(f"process {process.pid} cannot be looked at")
+        elif facts.process == process:
+            self._tell_degraded("this system has no pidfds")
+        return None
 
     def _tell_degraded(self, reason: str) -> None:
         if self._degraded is not None:
@@ -118,15 +119,15 @@ class Exits:
         os.close(pidfd)
 
     def _on_readable(self) -> None:
-        if self._epoll is None:
-            return
-        for pidfd, _ in self._epoll.poll(0):
-            if owner := self._by_pidfd.get(pidfd):
-                self._exited(*owner)
+        if self._epoll is not None:
+            self._exited([self._by_pidfd[pidfd] for pidfd, _ in self._epoll.poll(0)])
 
-    def _exited(self, sid: str, process: ProcessId) -> None:
-        self.follow(sid, frozenset(self._followed.get(sid, {})) - {process})
-        self._notice(sid, process)
+    def _exited(self, exited: Sequence[tuple[str, ProcessId]]) -> None:
+        for sid, process in exited:
+            followed = self._followed.get(sid, {})
+            if process in followed:  # a notice before this one may have changed that
+                self.follow(sid, frozenset(followed) - {process})
+                self._notice(sid, process)
 
     def _poll_soon(self, delay: float = 0.0) -> None:
         if self._timer is None:
@@ -134,14 +135,17 @@ class Exits:
 
     def _poll(self) -> None:
         self._timer = None
-        polled = [
-            (sid, process)
-            for sid, followed in self._followed.items()
-            for process, pidfd in followed.items()
-            if pidfd is None
-        ]
-        for sid, process in polled:
-            if self._processes.facts(process.pid).process != process:
-                self._exited(sid, process)
+        self._exited(
+            [
+                (sid, process)
+                for sid, followed in self._followed.items()
+                for process, pidfd in followed.items()
+                if pidfd is None and self._is_over(process)
+            ]
+        )
         if any(pidfd is None for each in self._followed.values() for pidfd in each.values()):
             self._poll_soon(POLL_PERIOD)
+
+    def _is_over(self, process: ProcessId) -> bool:
+        facts = self._processes.facts(process.pid)
+        return facts.life is not Life.HIDDEN and facts.process != process

@@ -265,9 +265,10 @@ def _hostile(status: os.stat_result, wanted: int) -> str:
 
 def _pid_entry(text: bytes, file: FileId, now: float) -> Entry:
     digits = text.removesuffix(b"\n")
+    whole = len(text) < PID_FILE_LIMIT
     if not text:
         return Entry(EntryKind.EMPTY, now, file)
-    if not digits.isdigit() or not 0 < (pid := int(digits)) <= PID_LIMIT:
+    if not (whole and digits.isdigit() and 0 < (pid := int(digits)) <= PID_LIMIT):
         return Entry(EntryKind.BROKEN, now, file, detail="not a pid")
     return Entry(EntryKind.PID, now, file, pid)
 

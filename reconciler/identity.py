@@ -100,6 +100,8 @@ class Identity:
             return _unverifiable(facts, f"process {pid} is hidden from us")
         if facts.kernel:
             return Keeper(KeeperState.RECYCLED, facts.process, evidence=f"{pid} is the kernel's")
+        if facts.uid != os.geteuid():
+            return _unverifiable(facts, f"process {pid} belongs to uid {facts.uid}")
         arguments = self._processes.arguments(pid)
         if arguments is None:
             if self._processes.facts(pid).process != facts.process:
@@ -113,8 +115,6 @@ class Identity:
         if any(sid in argument for argument in arguments):
             text = f"process {pid} has the session id among its arguments, its program is not known"
             return _unverifiable(facts, text)
-        if facts.uid != os.geteuid():
-            return _unverifiable(facts, f"process {pid} belongs to uid {facts.uid}")
         name = os.path.basename(arguments[0])[:64]
         evidence = f"process {pid} is {name!r}, not a keeper"
         return Keeper(KeeperState.RECYCLED, facts.process, evidence=evidence)

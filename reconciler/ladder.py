@@ -38,11 +38,10 @@ async def end(
         return True, "dead already"
     if not target.proven:
         return False, "not proven any more, not signalled"
-    if not at_once:
-        target.send(signal.SIGTERM, group=group)
-        if await target.wait(ladder.term_grace):
-            return True, "ended by SIGTERM"
-    target.send(signal.SIGKILL, group=group)
-    if await target.wait(ladder.kill_grace):
-        return True, "ended by SIGKILL"
+    steps = ((signal.SIGTERM, ladder.term_grace), (signal.SIGKILL, ladder.kill_grace))
+    for number, grace in steps[at_once:]:
+        if not target.send(number, group=group) and not target.exited:
+            return False, "not proven any more, not signalled"
+        if await target.wait(grace):
+            return True, f"ended by {number.name}"
     return False, "alive after SIGKILL"

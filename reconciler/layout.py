@@ -25,9 +25,6 @@ _SID = re.compile(rf"(?!launch-)[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_SID_LENGTH - 1
 KEEPER_PROGRAM = Path(__file__).with_name("keeper_process.py")
 """Our keeper. It is run by path and imported by nobody."""
 
-HIDDEN = ".reconciler-"
-"""How the names begin that removal moves entries to before it deletes them."""
-
 
 class InvalidSessionIdError(ValueError):
     """A session id that cannot safely be a part of a file name."""

@@ -37,6 +37,7 @@ ENVIRONMENT_LIMIT = 2 * 1024 * 1024
 _EXITING = 0x4  # PF_EXITING in the flags of /proc/<pid>/stat
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, there too
 _SIGKILL_PENDING = 1 << (signal.SIGKILL - 1)
+_NO_LEADER = b"-1"  # the exit signal of a thread: its number is no process's, yet kill() takes it
 _SIGNAL_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 
 
@@ -136,7 +137,8 @@ class _Linux:
             os.close(descriptor)
         # The name in parentheses may hold anything, so the fields count from the last one.
         fields = line[line.rindex(b")") + 2 :].split()
-        if fields[0] in b"ZX" and int(fields[17]) <= 1:
+        zombie = fields[0] in b"ZX"
+        if (zombie and int(fields[17]) <= 1) or fields[35] == _NO_LEADER:
             return DEAD
         started, flags = int(fields[19]), int(fields[6])
         return Facts(
@@ -147,7 +149,8 @@ class _Linux:
             session=int(fields[3]),
             age=time.clock_gettime(time.CLOCK_BOOTTIME) - started / self._tick,
             uid=uid,
-            dying=bool(flags & _EXITING or int(fields[28]) & _SIGKILL_PENDING),
+            # A zombie that is alive is a first thread that ended before the others.
+            dying=bool((flags & _EXITING and not zombie) or int(fields[28]) & _SIGKILL_PENDING),
             kernel=bool(flags & _KERNEL_THREAD),
         )
 
@@ -230,7 +233,7 @@ class _Portable:
                     age=max(0.0, time.time() - created),
                     uid=process.uids().effective,
                 )
-        except psutil.NoSuchProcess:
+        except psutil.ZombieProcess:
             return DEAD
         except (psutil.Error, OSError, ValueError, OverflowError):
             return HIDDEN if _exists(pid) else DEAD
@@ -250,7 +253,7 @@ class _Portable:
     def children(self, pid: int) -> tuple[int, ...] | None:
         try:
             return tuple(child.pid for child in psutil.Process(pid).children())
-        except psutil.Error:
+        except (psutil.Error, OSError):
             return None
 
     def holds(self, pid: int, files: Collection[tuple[int, int]]) -> bool | None:
@@ -312,12 +315,17 @@ class Target:
 
         Raises:
             OSError: no descriptor is left. Nothing was signalled, try again later.
+            Exception: whatever ``prove`` raises.
         """
         self.process = process
         self._processes = processes
         self._prove = prove
         self._pidfd = open_pidfd(process.pid)
-        self._proven = self._is_process() and prove()
+        try:
+            self._proven = self._is_process() and prove()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let go. May be called twice."""
@@ -427,6 +435,6 @@ def open_pidfd(pid: int) -> int | None:
     except (AttributeError, ProcessLookupError):
         return None
     except OSError as error:
-        if error.errno in {errno.ENOSYS, errno.EPERM, errno.EINVAL}:
-            return None
+        if error.errno in {errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.ENOENT}:
+            return None  # the last two: the number of a thread
         raise

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from reconciler.folder import Answer, Folder
-from reconciler.layout import Role, claims, file_name, parse_name
+from reconciler.layout import Role, claims, file_name
 from reconciler.processes import SYSTEM, Life
 from reconciler.state import Entry, EntryKind, FileId
 
@@ -49,8 +49,21 @@ class Removal:
         return not self.locked and all(fate is not Fate.CHANGED for _, fate in self.fates)
 
 
-def remove(folder: Folder, sid: str, entries: tuple[tuple[Role, FileId], ...]) -> Removal:
+def remove(
+    folder: Folder,
+    sid: str,
+    entries: tuple[tuple[Role, FileId], ...],
+    *,
+    listening: bool = False,
+) -> Removal:
     """Remove these entries of a session, each only if it still is what was judged.
+
+    Args:
+        folder: the sessions folder.
+        sid: the session's id.
+        entries: what was judged, in the order of removal.
+        listening: a keeper listens for the session, and that is known. Otherwise a socket
+            that stands when a pid file is taken is a new keeper's.
 
     Raises:
         OSError: the folder cannot be written to. What was caught was put back.
@@ -60,7 +73,8 @@ def remove(folder: Folder, sid: str, entries: tuple[tuple[Role, FileId], ...]) -
             return Removal((), locked=True)
         fates = []
         for role, judged in entries:
-            fates.append((role, _take(folder, file_name(role, sid), judged)))
+            name, socket = file_name(role, sid), file_name(Role.SOCKET, sid)
+            fates.append((role, _take(folder, name, judged, "" if listening else socket)))
             if fates[-1][1] is Fate.CHANGED:
                 break
         return Removal(tuple(fates))
@@ -93,7 +107,7 @@ def _birth_lock(folder: Folder, sid: str) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _take(folder: Folder, name: str, judged: FileId) -> Fate:
+def _take(folder: Folder, name: str, judged: FileId, socket: str) -> Fate:
     here = _look(folder, name)
     if not here.present:
         return Fate.GONE
@@ -106,7 +120,7 @@ def _take(folder: Folder, name: str, judged: FileId) -> Fate:
         return Fate.GONE
     try:
         caught = _look(folder, hidden)
-        if caught.file == judged and not _answers(folder, hidden, caught):
+        if caught.file == judged and not _in_use(folder, hidden, caught, socket):
             os.unlink(hidden, dir_fd=folder.fd)
             return Fate.REMOVED
     except OSError:
@@ -128,15 +142,22 @@ def _look(folder: Folder, name: str) -> Entry:
     return folder.pid_entry(name, 0.0)
 
 
-def _answers(folder: Folder, name: str, entry: Entry) -> bool:
-    return entry.kind is EntryKind.SOCKET and folder.ask(name).answer is not Answer.REFUSED
+def _in_use(folder: Folder, hidden: str, caught: Entry, socket: str) -> bool:
+    """Whether a keeper has come that goes on with what was caught.
+
+    One may have opened the pid file before it was moved, to write it anew in place, and not
+    have come to that yet. But it has bound its socket before.
+    """
+    if caught.kind is EntryKind.SOCKET:
+        return folder.ask(hidden).answer is not Answer.REFUSED
+    return bool(socket) and folder.status(socket) is not None
 
 
 def _put_back(folder: Folder, hidden: str, name: str) -> None:
-    """Give an entry its name again, unless the name was taken by a newer one meanwhile."""
+    """Give an entry its name again; if a newer one has taken the name, that one counts."""
     with contextlib.suppress(FileExistsError):
         os.link(hidden, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd, follow_symlinks=False)
-        os.unlink(hidden, dir_fd=folder.fd)
+    os.unlink(hidden, dir_fd=folder.fd)
 
 
 def is_taken(name: str) -> bool:
@@ -147,7 +168,8 @@ def is_taken(name: str) -> bool:
 def recover(folder: Folder, name: str) -> Fate | None:
     """Finish what a removal that was itself killed has left under a hidden name.
 
-    What lives, or may live, is put back; what is dead is removed.
+    What lives, or may live, is put back; what is dead is removed. Not to be called while
+    this very process removes something.
 
     Args:
         folder: the sessions folder.
@@ -159,21 +181,23 @@ def recover(folder: Folder, name: str) -> Fate | None:
     parts = _HIDDEN.fullmatch(name)
     if parts is None or claims(original := parts["name"]) is None:
         return None
-    if SYSTEM.facts(int(parts["remover"])).life is not Life.DEAD:
+    remover = int(parts["remover"])  # in a container each start may get the same pid
+    if remover != os.getpid() and SYSTEM.facts(remover).life is not Life.DEAD:
         return None
     entry = _look(folder, name)
     if not entry.present:
         return Fate.GONE
     if entry.kind in {EntryKind.HOSTILE, EntryKind.UNKNOWN}:
         return None
-    parsed = parse_name(original)
-    dead = (
-        folder.ask(name).answer is Answer.REFUSED
-        if parsed and parsed.role is Role.SOCKET
-        else entry.kind is not EntryKind.PID or SYSTEM.facts(entry.pid).life is Life.DEAD
-    )
-    if not dead:
+    if folder.remote or not _is_dead(folder, name, entry):
         _put_back(folder, name, original)
         return Fate.CHANGED
     os.unlink(name, dir_fd=folder.fd)
     return Fate.REMOVED
+
+
+def _is_dead(folder: Folder, name: str, entry: Entry) -> bool:
+    """Whether nobody stands behind an entry; an empty pid file may be about to be filled."""
+    if entry.kind is EntryKind.SOCKET:
+        return folder.ask(name).answer is Answer.REFUSED
+    return entry.kind is EntryKind.PID and SYSTEM.facts(entry.pid).life is Life.DEAD

@@ -260,6 +260,9 @@ class Plan:
     """Seconds until the next look if nothing happens; None: the resync is enough."""
 
 
+_NOTHING = Plan(Verdict.ABSENT, "nothing is there")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """The times that decisions depend on, in seconds; the design's numbers."""
@@ -383,7 +386,7 @@ def _decide_dead(seen: Observation, desired: Desired, policy: Policy) -> Plan:
     if seen.empty:
         if desired is Desired.PRESENT:
             return Plan(Verdict.MISSING, "wanted, and nothing is there")
-        return Plan(Verdict.ABSENT, "nothing is there")
+        return _NOTHING
     if seen.listening is Listening.ANSWERED:
         return Plan(Verdict.UNVERIFIABLE, "the socket answers, by whom cannot be told")
     if seen.socket.present and seen.listening is not Listening.REFUSED:
@@ -494,12 +497,12 @@ class SessionTable(Mapping[str, Session]):
         return len(self._rows)
 
     def row(self, sid: str) -> Session:
-        """The row of ``sid``, or a blank one that is not in the table."""
-        return self._rows.get(sid) or Session(sid)
+        """The row of ``sid``; for one that is not in the table a row that says so."""
+        return self._rows.get(sid) or Session(sid, plan=_NOTHING)
 
     def want(self, sid: str, desired: Desired) -> None:
         """Say what is wanted of a session."""
-        self._rows[sid] = replace(self.row(sid), desired=desired)
+        self._rows[sid] = replace(self._rows.get(sid) or Session(sid), desired=desired)
 
     def reset(self, sid: str) -> None:
         """Forget what was seen of a session; what is wanted of it stays."""
@@ -508,6 +511,7 @@ class SessionTable(Mapping[str, Session]):
             self._rows.pop(sid, None)
         else:
             self._rows[sid] = Session(sid, row.desired)
+        self._tell(row, self.row(sid))
 
     def record(self, seen: Observation, plan: Plan) -> bool:
         """Take in a look and its judgement; tell subscribers if the judgement is new.
@@ -524,11 +528,13 @@ class SessionTable(Mapping[str, Session]):
             self._rows.pop(seen.sid, None)
         else:
             self._rows[seen.sid] = after
-        if _face(before) == _face(after):
-            return False
-        for listener in tuple(self._listeners.values()):
-            listener(after)
+        self._tell(before, after)
         return _judgement(before) != _judgement(after)
+
+    def _tell(self, before: Session, after: Session) -> None:
+        if _face(before) != _face(after):
+            for listener in tuple(self._listeners.values()):
+                listener(after)
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call ``listener`` with each changed row; the returned callable ends that."""
