@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from reconciler.effects import Done, Effects
 from reconciler.errors import (
+    FolderError,
     FolderLockedError,
+    NoSuchSessionError,
     UnverifiableError,
 )
 from reconciler.exits import Exits
 from reconciler.folder import Folder
 from reconciler.hints import AT_ONCE, Hints
-from reconciler.keeper import KeeperManager, SpawnedKeeper, StoppedSession
+from reconciler.keeper import KeeperManager, SpawnedKeeper, StoppedSession, processes_of
 from reconciler.layout import check_sid, claims
 from reconciler.logs import get_logger
 from reconciler.removal import is_taken, recover
@@ -103,10 +105,12 @@ class Reconciler:
         self._complaint = ""
         self._scanned: dict[str, Sequence[int]] = {}
         self._retries = Retries()
+        self._failures = Retries()
         self._exited_at: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
+        self._closed = False
 
     # Life.
 
@@ -131,6 +135,7 @@ class Reconciler:
             "reconciler.started", folder=str(self.manager.sessions_dir), dry_run=self.dry_run
         )
         self._watcher.start()
+        self._hint(LOOK_AT_ALL, AT_ONCE)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -147,6 +152,7 @@ class Reconciler:
             raise FolderLockedError(self._folder.why_not)
 
     def _close(self) -> None:
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         self._exits.close()
@@ -172,7 +178,12 @@ class Reconciler:
                 reconciler may not act. Nothing was done.
         """
         begun = time.monotonic()
-        seen = self.manager.inspect(check_sid(sid)).seen
+        try:
+            seen = self.manager.inspect(check_sid(sid)).seen
+        except NoSuchSessionError:
+            self.sessions.want(sid, Desired.ABSENT)  # a wish that it were there ends, too
+            self._hint(sid, AT_ONCE)
+            raise
         keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
         if reason := self._may_not_act():
             raise UnverifiableError(f"session {sid} was left alone: {reason}")
@@ -182,7 +193,7 @@ class Reconciler:
         session = await self.wait_for(sid, lambda row: row.plan is not None and row.phase in ended)
         if session.phase is not Verdict.ABSENT:
             raise UnverifiableError(f"session {sid} was left alone: {session.reason}")
-        await self.manager.outlast(seen.watched)
+        await self.manager.outlast(processes_of(seen))
         return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun)
 
     async def wait_for(self, sid: str, condition: Callable[[Session], bool]) -> Session:
@@ -221,6 +232,9 @@ class Reconciler:
 
         What can only be told later than the settle time (a keeper that is slow to show
         its agent, an action that failed and is to be tried again) is not waited for.
+
+        Raises:
+            FolderError: the folder cannot be looked at, or not be acted upon.
         """
         horizon = time.monotonic() + self.manager.policy.settle + 0.5
         self._hint(LOOK_AT_ALL, AT_ONCE)
@@ -228,6 +242,8 @@ class Reconciler:
             self._inbox or self._tasks or self._draining or self._hints.busy_until(horizon)
         ):
             await asyncio.sleep(0.005)
+        if self._complaint:
+            raise FolderError(f"{str(self.manager.sessions_dir)!r}: {self._complaint}")
 
     # Hints come in.
 
@@ -257,7 +273,7 @@ class Reconciler:
 
     def _wake(self) -> None:
         """See to it that `_drain` runs when the next hint is due."""
-        if self._draining:
+        if self._draining or self._closed:
             return
         if self._timer is not None:
             self._timer.cancel()
@@ -275,6 +291,8 @@ class Reconciler:
     def _drain(self) -> None:
         """Look at all sessions that are due, for one slice of time."""
         self._draining = False
+        if self._closed:
+            return
         end = time.monotonic() + SLICE
         while (key := self._hints.take(now := time.monotonic())) is not None:
             if key == LOOK_AT_ALL:
@@ -311,13 +329,21 @@ class Reconciler:
         if news:
             self._reporter.judged(seen, plan, acting=not self._may_not_act())
         if not plan.actions:
-            self._forget(sid, plan)
+            self._rest(sid, plan)
             return False
         if self._may_not_act() or not self._may_try(sid, plan):
             return False
         return self._act(seen, plan, served)
 
-    def _forget(self, sid: str, plan: Plan) -> None:
+    def _rest(self, sid: str, plan: Plan) -> None:
+        """Nothing is to be done now."""
+        self._failures.forget(sid)
+        if plan.verdict is Verdict.UNVERIFIABLE:
+            # Nobody may tell us when that ends: what answers on the socket of a dead keeper,
+            # say, can be the child that it was just starting. Look again, ever less often.
+            now = time.monotonic()
+            self._hints.add(sid, now + self._retries.note(sid, plan.reason, now))
+            return
         self._retries.forget(sid)
         if plan.verdict in {Verdict.ABSENT, Verdict.READY}:
             self._exited_at.pop(sid, None)
@@ -333,7 +359,7 @@ class Reconciler:
 
     def _failed(self, sid: str, error: Exception) -> None:
         now = time.monotonic()
-        pause = self._retries.note(sid, type(error), now)
+        pause = self._failures.note(sid, type(error), now)
         self._hints.add(sid, now + pause)
         self._reporter.failed(sid, error, pause)
 
@@ -383,6 +409,8 @@ class Reconciler:
             self._serve_folder()
             self._watcher.recheck()
             if self._folder is not None:
+                why_not = "" if self.dry_run else self._folder.why_not
+                self._complain("folder.observed_only", why_not)
                 self._hint_all(self._folder)
         except OSError as error:
             self._complain("folder.unusable", f"cannot be read: {error.strerror}")
@@ -435,7 +463,6 @@ class Reconciler:
             self._folder = _Served(folder, self.manager)
         if not self.dry_run:
             self._folder.take_lock()
-            self._complain("folder.observed_only", self._folder.why_not)
 
     def _leave_folder(self) -> None:
         """The folder is gone or another one stands in its place: what was seen is void."""

@@ -290,22 +290,27 @@ class KeeperManager:
     async def _stop(self, seen: Observation, probe: Probe, effects: Effects) -> None:
         """Look, decide, act, and look again until nothing is left."""
         failures = 0
-        processes = set(seen.watched)
+        processes = set(processes_of(seen))
         while (plan := decide(seen, Desired.ABSENT, self.policy)).verdict is not Verdict.ABSENT:
             if not plan.actions and plan.again_after is None:
                 raise UnverifiableError(f"session {seen.sid} was left alone: {plan.reason}")
             for action in plan.actions:
-                if isinstance(action, StopKeeper | StopAgent):
-                    done = await effects.stop(seen, action)
-                else:
-                    done = effects.instant(seen, action)
+                try:
+                    if isinstance(action, StopKeeper | StopAgent):
+                        done = await effects.stop(seen, action)
+                    else:
+                        done = effects.instant(seen, action)
+                except OSError as error:
+                    raise ReconcilerError(f"session {seen.sid}: {error}") from error
                 failures = 0 if done.success else failures + 1
+                if failures and "alive" in done.detail:
+                    raise StillAliveError(f"session {seen.sid} was not ended: {done.detail}")
                 if failures >= _STOP_TRIES:
-                    raise _hopeless(seen.sid, done.detail)
+                    raise UnverifiableError(f"session {seen.sid} was not ended: {done.detail}")
             if plan.again_after is not None or failures:
                 await asyncio.sleep(plan.again_after or _STOP_PAUSE)
             seen = probe.look(seen.sid, seen)
-            processes |= seen.watched
+            processes |= processes_of(seen)
         await self.outlast(processes)
 
     async def outlast(self, processes: Iterable[ProcessId]) -> None:
@@ -320,6 +325,9 @@ _STOP_TRIES = 20
 _STOP_PAUSE = 0.05
 
 
-def _hopeless(sid: str, detail: str) -> ReconcilerError:
-    error = StillAliveError if "alive" in detail else UnverifiableError
-    return error(f"session {sid} could not be ended: {detail}")
+def processes_of(seen: Observation) -> frozenset[ProcessId]:
+    """The processes that end with a session: its proven keepers, and their agent."""
+    keepers = (each for each in (seen.keeper, *seen.rivals) if each.state is KeeperState.PROVEN)
+    agent = seen.agent.process if seen.agent.proven else None
+    found = (*(keeper.process for keeper in keepers), agent)
+    return frozenset(process for process in found if process is not None)

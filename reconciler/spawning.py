@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,24 @@ from reconciler.errors import (
     InvalidRequestError,
     KeeperStartError,
     ReconcilerError,
+    StillAliveError,
 )
 from reconciler.ladder import Ladder, end
 from reconciler.layout import KEEPER_PROGRAM, Role, check_sid, file_name, sessions_dir
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM, Target
-from reconciler.removal import remove_logs
-from reconciler.state import AgentState, KeeperState, Listening, Observation, ProcessId
+from reconciler.removal import remove, remove_logs
+from reconciler.state import (
+    AgentState,
+    Desired,
+    KeeperState,
+    Listening,
+    Observation,
+    Policy,
+    ProcessId,
+    Remove,
+    decide,
+)
 
 OUR_KEEPER = (sys.executable, "-I", "-S", str(KEEPER_PROGRAM))
 """How our keeper is run: isolated, and without ``site``, which halves its start and size."""
@@ -53,6 +65,7 @@ _DETACH = (
 )
 _INSIDE = frozenset({"PI_RECONCILER_SESSION", "PI_DASHBOARD_SPAWNED"})
 _TOKEN = "PI_DASHBOARD_SPAWN_TOKEN"  # noqa: S105 - the name of a variable
+_MARK = "PI_KEEPER_LAUNCH"
 _ERRORS: Mapping[str, type[ReconcilerError]] = {
     "already_running": AlreadyRunningError,
     "agent_missing": AgentNotFoundError,
@@ -135,7 +148,7 @@ def _check_program(request: KeeperRequest) -> None:
     path = request.env.get("PATH", os.defpath)
     named = str(request.cwd / program) if "/" in program else program
     if shutil.which(named, path=path) is None:
-        where = "" if "/" in program else f" in PATH ({path})"
+        where = "" if "/" in program else " in PATH"
         raise AgentNotFoundError(
             f"agent program {program!r} was not found{where}, or may not be run: install it, "
             "or name another one"
@@ -171,25 +184,22 @@ async def start(request: KeeperRequest, probe: Probe) -> Started:
         ReconcilerError: why it did not, as its class. Nothing of it is left then.
     """
     new_logs = _missing_logs(request, probe)
-    held: list[ProcessId] = []
     try:
-        async with asyncio.timeout(request.timeout), _launched(request, probe) as notices:
+        async with _launched(request, probe) as launch, asyncio.timeout(request.timeout):
             if request.ours:
-                return await _told(request, notices, held)
-            return await _watched(request, notices, held, probe)
+                return await _told(request, launch)
+            return await _watched(request, launch, probe)
     except AlreadyRunningError:
         raise
     except TimeoutError:
-        await _abandon(held)
         told = _tail(request, probe)
-        remove_logs(probe.folder, request.sid, new_logs)
+        _clean(request, probe, new_logs)
         raise KeeperStartError(
             f"the keeper of session {request.sid} neither came up nor failed within "
             f"{request.timeout:g} s, so it was ended{told}"
         ) from None
     except BaseException:
-        await _abandon(held)
-        remove_logs(probe.folder, request.sid, new_logs)
+        _clean(request, probe, new_logs)
         raise
 
 
@@ -198,36 +208,99 @@ def _missing_logs(request: KeeperRequest, probe: Probe) -> list[str]:
     return [name for name in names if probe.folder.status(name) is None]
 
 
-async def _abandon(held: Sequence[ProcessId]) -> None:
-    """End a keeper that has not come up; its proof is that we started this very process."""
-    for process in held:
-        with Target(process, lambda: True) as target:
-            await end(target, Ladder(), group=True)
+def _clean(request: KeeperRequest, probe: Probe, new_logs: Sequence[str]) -> None:
+    """Remove what a keeper that has not come up left behind."""
+    plan = decide(probe.look(request.sid), Desired.AS_FOUND, Policy())
+    for action in plan.actions:
+        if isinstance(action, Remove):
+            remove(probe.folder, request.sid, action.entries)
+    remove_logs(probe.folder, request.sid, new_logs)
+
+
+class _Launch:
+    """A keeper that is coming up: what is told of it, and which processes it is.
+
+    Attributes:
+        notices: what the keeper, or the process in between, tells through a pipe.
+        keeper: the keeper, once it was told of.
+        mark: stands in the environment of each of its processes, but not in its agent's.
+    """
+
+    def __init__(self, request: KeeperRequest, probe: Probe) -> None:
+        self.notices = asyncio.StreamReader()
+        self.keeper: ProcessId | None = None
+        self.mark = uuid.uuid4().hex
+        self._request = request
+        self._probe = probe
+
+    def hold(self, pid: object) -> None:
+        """Take in the keeper's pid."""
+        if isinstance(pid, int) and self.keeper is None:
+            self.keeper = SYSTEM.facts(pid).process
+
+    async def read_pid(self) -> None:
+        """Take in the pid of a keeper of another make: it is told before that runs."""
+        if line := await self.notices.readline():
+            self.hold(json.loads(line)["pid"])
+
+    async def abandon(self, between: subprocess.Popen[bytes], *, at_once: bool) -> None:
+        """End what was started, the process in between first: then no more can come."""
+        between.kill()
+        between.wait()
+        if not self._request.ours and self.keeper is None:
+            await self.read_pid()
+        while processes := self._processes():
+            for process in processes:
+                with Target(process, lambda: True) as target:
+                    dead, detail = await end(target, Ladder(), group=True, at_once=at_once)
+                if not dead:
+                    raise StillAliveError(f"keeper {process.pid} is {detail}")
+
+    def _processes(self) -> list[ProcessId]:
+        """The keeper that was told of, and all that carry the mark."""
+        pids = self._probe.scan().get(self._request.sid, ())
+        marked = (pid for pid in pids if SYSTEM.variable(pid, _MARK) == self.mark)
+        found = [process for pid in marked if (process := SYSTEM.facts(pid).process)]
+        if self.keeper and SYSTEM.facts(self.keeper.pid).process == self.keeper:
+            found.append(self.keeper)
+        return found
 
 
 @contextlib.asynccontextmanager
-async def _launched(request: KeeperRequest, probe: Probe) -> AsyncIterator[asyncio.StreamReader]:
-    """Start the keeper; gives what it, or the process in between, tells through the pipe."""
+async def _launched(request: KeeperRequest, probe: Probe) -> AsyncIterator[_Launch]:
+    """Start the keeper. If it does not come up, nothing of it runs any more afterwards.
+
+    The keeper of another make that finds itself second is killed at once: its own end
+    would delete the files of the first.
+    """
     reading, writing = os.pipe()
-    notices = asyncio.StreamReader()
+    launch = _Launch(request, probe)
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(notices), os.fdopen(reading, "rb")
+        lambda: asyncio.StreamReaderProtocol(launch.notices), os.fdopen(reading, "rb")
     )
     try:
         try:
             with _launch_log(request, probe) as log:
-                between = _run(request, probe, log, writing)
+                between = _run(request, probe, log, writing, launch.mark)
         finally:
             os.close(writing)
-        yield notices
-        between.wait()
+        try:
+            yield launch
+        except BaseException as error:
+            second = isinstance(error, AlreadyRunningError)
+            await launch.abandon(between, at_once=second and not request.ours)
+            raise
+        finally:
+            between.wait()
     finally:
         transport.close()
 
 
-def _run(request: KeeperRequest, probe: Probe, log: int, notify: int) -> subprocess.Popen[bytes]:
+def _run(
+    request: KeeperRequest, probe: Probe, log: int, notify: int, mark: str
+) -> subprocess.Popen[bytes]:
     """Run the process in between. It ends as soon as the keeper goes on by itself."""
-    env = _environment(request)
+    env = {**_environment(request), _MARK: mark}
     command = [*request.keeper_command, request.sid]
     folder = probe.folder.path.absolute()
     if request.ours:
@@ -287,14 +360,12 @@ def _launch_log(request: KeeperRequest, probe: Probe) -> Iterator[int]:
         os.close(log)
 
 
-async def _told(
-    request: KeeperRequest, notices: asyncio.StreamReader, held: list[ProcessId]
-) -> Started:
+async def _told(request: KeeperRequest, launch: _Launch) -> Started:
     """Follow what a keeper of ours says of itself."""
     last = "ready" if request.ready else "listening"
-    while line := await notices.readline():
+    while line := await launch.notices.readline():
         notice = json.loads(line)
-        _hold(notice.get("pid"), held)
+        launch.hold(notice.get("pid"))
         if notice["event"] == "failed":
             error = _ERRORS.get(notice["reason"], KeeperStartError)
             raise error(f"session {request.sid}: {notice['detail']}")
@@ -303,31 +374,22 @@ async def _told(
     raise KeeperStartError(f"the keeper of session {request.sid} died while it started")
 
 
-def _hold(pid: object, held: list[ProcessId]) -> None:
-    if isinstance(pid, int) and not held and (process := SYSTEM.facts(pid).process):
-        held.append(process)
-
-
-async def _watched(
-    request: KeeperRequest, notices: asyncio.StreamReader, held: list[ProcessId], probe: Probe
-) -> Started:
+async def _watched(request: KeeperRequest, launch: _Launch, probe: Probe) -> Started:
     """Watch a keeper of another make from outside until it is what it should be."""
-    line = await notices.readline()
-    if line:
-        _hold(json.loads(line)["pid"], held)
+    await launch.read_pid()
     loop = asyncio.get_running_loop()
     seen: Observation | None = None
     alive_since: float | None = None
-    while held and SYSTEM.facts(held[0].pid).process == held[0]:
+    while (keeper := launch.keeper) and SYSTEM.facts(keeper.pid).process == keeper:
         seen = probe.look(request.sid, seen)
-        if seen.keeper.state is KeeperState.PROVEN and seen.keeper.process != held[0]:
+        if seen.keeper.state is KeeperState.PROVEN and seen.keeper.process != keeper:
             raise AlreadyRunningError(f"session {request.sid}: its keeper lives")
-        listens = seen.listening is Listening.ANSWERED and seen.pid_file.pid == held[0].pid
+        listens = seen.listening is Listening.ANSWERED and seen.pid_file.pid == keeper.pid
         alive = listens and seen.agent.state is AgentState.ALIVE
         alive_since = (alive_since or loop.time()) if alive else None
         proven = alive_since is not None and loop.time() - alive_since >= AGENT_PROOF
         if proven or (listens and not request.ready):
-            return Started(held[0].pid, seen.agent.process.pid if seen.agent.process else None)
+            return Started(keeper.pid, seen.agent.process.pid if seen.agent.process else None)
         await asyncio.sleep(_POLL)
     raise KeeperStartError(
         f"the keeper of session {request.sid} ended while it started{_tail(request, probe)}"

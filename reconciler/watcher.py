@@ -120,10 +120,19 @@ if sys.platform == "linux":
         | InotifyConstants.IN_ONLYDIR
     )
     _ABOVE = Mask(_SELF | InotifyConstants.IN_ONLYDIR)
+    _PARENT = Mask(_ABOVE | InotifyConstants.IN_DELETE | InotifyConstants.IN_MOVED_TO)
+    # A folder that somebody holds open, as we do, gives no notice of its own removal.
     _OURS = CallbackId(1)
 
-    Chain = tuple[tuple[str, int, int], ...]
-    """The existing folders from the root down, each with device and inode."""
+    Chain = tuple[tuple[str, int, int, bool], ...]
+    """The existing folders from the root down: device, inode, and whether we may read it."""
+
+    class _Inotify(InotifyFD):
+        """Gives its descriptors back even if its thread never came to read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._is_reading = False
 
     class _Laid:
         """One laying of the chain: an inotify instance and what its watches mean."""
@@ -131,26 +140,26 @@ if sys.platform == "linux":
         def __init__(self, emitter: _FolderEmitter, chain: Chain) -> None:
             self.emitter = emitter
             self.chain = chain
-            self._inotify = InotifyFD()
+            self._inotify = _Inotify()
             self._current = True
             try:
-                self._add_watches(str(emitter.watch.path))
-                self._inotify.start()
+                self._add_watches(emitter.path)
             except OSError:
                 self._inotify.stop()
                 raise
+            self._inotify.start()
 
         def _add_watches(self, target: str) -> None:
-            below = [path for path, _, _ in self.chain[1:]]
-            for (path, _, _), child in zip(self.chain, [*below, None], strict=True):
+            for depth, (path, _, _, readable) in enumerate(self.chain, start=1):
+                if not readable:  # an ancestor that may only be passed through
+                    continue
                 link: _FolderAbove
                 if path == target:
                     mask, link = _ENTRIES, _SessionsFolder(self, path)
-                elif child is not None:
-                    mask, link = _ABOVE, _FolderAbove(self, None)
                 else:
-                    missing = Path(target).parts[len(self.chain)]
-                    mask, link = _APPEARING, _FolderAbove(self, os.fsencode(missing))
+                    child = os.fsencode(Path(target).parts[depth])
+                    mask = {0: _APPEARING, 1: _PARENT}.get(len(self.chain) - depth, _ABOVE)
+                    link = _FolderAbove(self, child)
                 self._inotify.add_callback(os.fsencode(path), mask, link, _OURS)
 
         def changed(self) -> None:
@@ -161,16 +170,17 @@ if sys.platform == "linux":
         def stop(self) -> None:
             self._current = False
             self._inotify.stop()
+            self._inotify.join()
 
     class _FolderAbove:
-        """A watch on a folder above: its own fate, and what is to appear in it."""
+        """A watch on a folder above: its own fate, and that of the next one in the chain."""
 
-        def __init__(self, laid: _Laid, awaited: bytes | None) -> None:
+        def __init__(self, laid: _Laid, child: bytes = b"") -> None:
             self._laid = laid
-            self._awaited = awaited
+            self._child = child
 
         def on_event(self, event: InotifyEvent) -> None:
-            if not event.name or event.name == self._awaited:
+            if event.name in {b"", self._child}:
                 self._laid.changed()
 
         def on_watch_deleted(self, wd: WatchDescriptor) -> None:
@@ -184,7 +194,7 @@ if sys.platform == "linux":
         """The watch on the sessions folder itself."""
 
         def __init__(self, laid: _Laid, path: str) -> None:
-            super().__init__(laid, None)
+            super().__init__(laid)
             self._path = path
 
         def on_event(self, event: InotifyEvent) -> None:
@@ -213,10 +223,12 @@ if sys.platform == "linux":
             complain: Callable[[str], None] = lambda _: None,
         ) -> None:
             super().__init__(event_queue, watch, timeout=timeout, event_filter=event_filter)
+            self.path = str(watch.raw_path)  # its ``path`` is another one where a file stands
             self._complain = complain
             self._changed = threading.Event()
             self._lock = threading.Lock()
             self._laid: _Laid | None = None
+            self._complaint = ""
 
         def on_thread_start(self) -> None:
             self._lay()
@@ -239,45 +251,52 @@ if sys.platform == "linux":
 
         def recheck(self) -> None:
             """Lay the chain anew if the path leads elsewhere than when it was laid."""
-            if self._laid is None or self._laid.chain != _chain(str(self.watch.path)):
+            if self._laid is None or self._laid.chain != _chain(self.path):
                 self.rearm()
 
         def ask_for_all(self) -> None:
             """Events may have been lost."""
-            self.queue_event(DirCreatedEvent(str(self.watch.path)))
+            self.queue_event(DirCreatedEvent(self.path))
 
         def _lay(self) -> None:
             """Watch the chain as it is now, then ask for a full look.
 
             The watches come first and the look after them, so that nothing falls in
-            between; a chain that changed while it was laid is laid once more.
+            between; a chain that changed while it was laid is laid once more. Where nothing
+            was watched and still is not, nothing is asked for: a full look lays again.
             """
             with self._lock:
                 if not self.should_keep_running():
                     return
-                before, chain = self._laid, _chain(str(self.watch.path))
+                before, chain = self._laid, _chain(self.path)
                 try:
-                    self._laid = _Laid(self, chain)
+                    self._laid, complaint = _Laid(self, chain), ""
                 except OSError as error:
-                    self._laid = None
-                    self._complain(f"{self.watch.path} cannot be watched: {error.strerror}")
+                    self._laid, complaint = None, f"cannot be watched: {error.strerror}"
                 if before is not None:
                     before.stop()
-            if self._laid is not None and _chain(str(self.watch.path)) != chain:
+            self._tell(complaint)
+            if self._laid is not None and _chain(self.path) != chain:
                 self.rearm()
-            self.ask_for_all()
+            if self._laid is not None or before is not None:
+                self.ask_for_all()
+
+        def _tell(self, complaint: str) -> None:
+            if complaint and complaint != self._complaint:
+                self._complain(f"{self.path} {complaint}")
+            self._complaint = complaint
 
     def _chain(target: str) -> Chain:
-        """The folders from the root to ``target`` that are there and can be watched."""
+        """The folders from the root to ``target`` that are there."""
         chain = []
         for path in (*reversed(Path(target).parents), Path(target)):
             try:
                 status = os.stat(path)
             except OSError:
                 break
-            if not stat.S_ISDIR(status.st_mode) or not os.access(path, os.R_OK | os.X_OK):
+            if not stat.S_ISDIR(status.st_mode):
                 break
-            chain.append((str(path), status.st_dev, status.st_ino))
+            chain.append((str(path), status.st_dev, status.st_ino, os.access(path, os.R_OK)))
         return tuple(chain)
 
     def _observer(complain: Callable[[str], None]) -> BaseObserver:

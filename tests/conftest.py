@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import pytest
+from raw_keeper import out as out  # noqa: PLC0414 - fixtures
+from raw_keeper import session as session  # noqa: PLC0414
 
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM
+from reconciler.logs import Level, make_logger
 from reconciler.processes import SYSTEM
 from reconciler.state import ProcessId, Session
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+P = ParamSpec("P")
 
 NODE_KEEPER = Path(__file__).with_name("keepers") / "keeper.cjs"
 """A keeper of another make, as the dashboard's behaves."""
 
 SINK = ("sh", "-c", "exec cat > /dev/null")
 """A stand-in agent: it lives until its input ends, or a signal comes."""
+
+HUNG = ("sleep", "600")
+"""A stand-in agent that hangs: it does not read, and the end of its input is nothing to it."""
 
 WAIT = 20.0
 """Seconds until a test gives up waiting for what must come. A bound, not a pause."""
@@ -42,6 +60,68 @@ async def soon(awaitable: Awaitable[Session]) -> Session:
     return await asyncio.wait_for(awaitable, WAIT)
 
 
+def asynchronous(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Run a test in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+async def happens(condition: Callable[[], object], what: str = "") -> None:
+    """Let the event loop run until a condition holds, WAIT seconds at most."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {WAIT:g} s in vain: {what or condition}")
+        await asyncio.sleep(0.002)
+
+
+class Told:
+    """A log that can be read back, line by line."""
+
+    def __init__(self, level: Level = "info") -> None:
+        self._stream = io.StringIO()
+        self.logger: FilteringBoundLogger = make_logger(self._stream, level, "json")
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines so far; each must be JSON."""
+        return [json.loads(line) for line in self._stream.getvalue().splitlines()]
+
+    def of(self, event: str, sid: str | None = None) -> list[dict[str, Any]]:
+        """The lines of one event, of one session if one is given."""
+        return [
+            line
+            for line in self.lines
+            if line["event"] == event and (sid is None or line.get("sid") == sid)
+        ]
+
+    def events(self, sid: str) -> list[str]:
+        """The events of a session, in order."""
+        return [line["event"] for line in self.lines if line.get("sid") == sid]
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Be another user for a while, in this process: needs root."""
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setresgid(65534, 65534, 0)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+        os.setgroups(groups)
+
+
+root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+
+
 def alive(pid: int) -> bool:
     """Whether a pid is a process that is not a zombie."""
     return SYSTEM.facts(pid).process is not None
@@ -55,16 +135,19 @@ def identity(pid: int) -> ProcessId:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder() -> Iterator[Path]:
     """A sessions folder where the contract wants it, so that any keeper can serve it.
 
-    What still lives of its sessions at the end is killed: by pid, each proven to be a
-    keeper of this very folder, or the child of one.
+    Its path is short enough for any socket's name, which pytest's own are not. What still
+    lives of its sessions at the end is killed: by pid, each proven to be a keeper of this
+    very folder, or the child of one.
     """
-    path = tmp_path / ".pi" / "dashboard" / "sessions"
+    home = Path(tempfile.mkdtemp(prefix="pi-"))
+    path = home / ".pi" / "dashboard" / "sessions"
     path.mkdir(parents=True, mode=0o700)
     yield path
     end_all(path)
+    shutil.rmtree(home)
 
 
 def end_all(folder: Path) -> None:
@@ -84,6 +167,64 @@ def end_all(folder: Path) -> None:
                     os.kill(child, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
+
+
+class Daemon:
+    """The background process on a folder, as a user runs it. Its log is read back."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        self.folder = folder
+        self.log = log
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = program_environment(self.folder)
+        started = self._count("reconciler.started")
+        with self.log.open("ab") as log:
+            command = (*PROGRAM, "run", "--log-form", "json", "--sessions-dir", str(self.folder))
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        until(lambda: self._count("reconciler.started") > started, "the daemon runs")
+        return process
+
+    def _count(self, event: str) -> int:
+        return self.log.read_text().count(f'"{event}"') if self.log.exists() else 0
+
+    def of(self, event: str, sid: str) -> list[dict[str, Any]]:
+        """The log's lines of one event of one session."""
+        lines = (line for line in self.log.read_text().splitlines(keepends=True))
+        told = (json.loads(line) for line in lines if line.endswith("}\n") and sid in line)
+        return [line for line in told if line["event"] == event]
+
+    def crash_and_restart(self) -> None:
+        """SIGKILL, and a new one."""
+        self.process.kill()
+        self.process.wait()
+        self.process = self._start()
+
+    def end(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.terminate()
+        return self.process.wait(WAIT)
+
+
+PROGRAM = (sys.executable, "-m", "reconciler")
+"""How the command line is run."""
+
+
+def program_environment(folder: Path) -> dict[str, str]:
+    """An environment in which nothing of the user's own settings is found."""
+    home = str(folder.parents[2])
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return {**os.environ, "HOME": home, "XDG_CONFIG_HOME": home, "PYTHONPATH": paths}
+
+
+@pytest.fixture
+def daemon(folder: Path, tmp_path: Path) -> Iterator[Daemon]:
+    """The background process, on the test's folder."""
+    running = Daemon(folder, tmp_path / "daemon.log")
+    yield running
+    running.process.kill()
+    running.process.wait()
 
 
 @pytest.fixture
