@@ -456,6 +456,7 @@ class Reconciler:
             try:
                 folder = Folder(self.manager.sessions_dir)
             except FileNotFoundError:
+                self._complaint = ""
                 return
             except OSError as error:
                 self._complain("folder.unusable", f"cannot be opened: {error.strerror}")

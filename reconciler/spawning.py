@@ -187,7 +187,7 @@ async def start(request: KeeperRequest, probe: Probe) -> Started:
     try:
         async with _launched(request, probe) as launch, asyncio.timeout(request.timeout):
             if request.ours:
-                return await _told(request, launch)
+                return await _told(request, launch, probe)
             return await _watched(request, launch, probe)
     except AlreadyRunningError:
         raise
@@ -360,7 +360,7 @@ def _launch_log(request: KeeperRequest, probe: Probe) -> Iterator[int]:
         os.close(log)
 
 
-async def _told(request: KeeperRequest, launch: _Launch) -> Started:
+async def _told(request: KeeperRequest, launch: _Launch, probe: Probe) -> Started:
     """Follow what a keeper of ours says of itself."""
     last = "ready" if request.ready else "listening"
     while line := await launch.notices.readline():
@@ -371,7 +371,9 @@ async def _told(request: KeeperRequest, launch: _Launch) -> Started:
             raise error(f"session {request.sid}: {notice['detail']}")
         if notice["event"] == last:
             return Started(notice["pid"], notice.get("agent_pid"))
-    raise KeeperStartError(f"the keeper of session {request.sid} died while it started")
+    raise KeeperStartError(
+        f"the keeper of session {request.sid} died while it started{_tail(request, probe)}"
+    )
 
 
 async def _watched(request: KeeperRequest, launch: _Launch, probe: Probe) -> Started:

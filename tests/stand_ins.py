@@ -114,9 +114,9 @@ def usurper(manager: KeeperManager, sid: str) -> Iterator[int]:
         "PI_KEEPER_PI_ARGS": '["600"]',
     }
     with subprocess.Popen(["node", NODE_KEEPER, sid], env=env, start_new_session=True) as process:
-        until(lambda: pid_file.read_text() not in {"", first}, "it has taken the pid file")
-        until(lambda: agent_of(manager, sid) in (SYSTEM.children(process.pid) or ()))
         try:
+            until(lambda: pid_file.read_text() not in {"", first}, "it has taken the pid file")
+            until(lambda: agent_of(manager, sid) in (SYSTEM.children(process.pid) or ()))
             yield process.pid
         finally:
             for pid in (*(SYSTEM.children(process.pid) or ()), process.pid):
@@ -124,10 +124,15 @@ def usurper(manager: KeeperManager, sid: str) -> Iterator[int]:
 
 
 def agent_of(manager: KeeperManager, sid: str) -> int:
-    """The pid in the agent pid file."""
-    path = manager.sessions_dir / f"{sid}.rpc.sock.pi-pid"
-    until(path.read_text, "the agent pid file is written")
-    return int(path.read_text())
+    """The pid in the agent pid file, which is made empty, and then filled."""
+    texts = [""]
+
+    def read() -> str:
+        texts.append((manager.sessions_dir / f"{sid}.rpc.sock.pi-pid").read_text())
+        return texts[-1]
+
+    until(read, "the agent pid file is written")
+    return int(texts[-1])
 
 
 def kill(*pids: int) -> None:

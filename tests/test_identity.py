@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import NODE_KEEPER, bare_socket, dead_pid, identity, root, until
+from stand_ins import NOBODY, keeper_without_agent, kill, listening, running, spawn
+
+from reconciler.folder import Folder
+from reconciler.identity import NOBODY as NO_KEEPER
+from reconciler.identity import NOT_ASKED, Asked, Identity
+from reconciler.keeper import KeeperManager
+from reconciler.layout import KEEPER_PROGRAM
+from reconciler.processes import DEAD, HIDDEN, LINUX, Facts
+from reconciler.spawning import OUR_KEEPER
+from reconciler.state import KeeperState, Listening
+
+SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
+SOCKET = f"{SID}.rpc.sock"
+
+
+@pytest.fixture
+def opened(folder: Path) -> Iterator[Folder]:
+    with Folder(folder) as opened:
+        yield opened
+
+
+@pytest.fixture
+def who(opened: Folder) -> Identity:
+    return Identity(opened)
+
+
+class Odd(type(LINUX)):  # type: ignore[misc]
+    """The system, but for the answers that a test gives."""
+
+    def __init__(self, **answers: Callable[..., object]) -> None:
+        for name, answer in answers.items():
+            setattr(self, name, answer)
+
+
+# By arguments and by what is held open.
+
+
+def test_our_keeper(manager: KeeperManager, who: Identity) -> None:
+    pid = spawn(manager, SID).keeper_pid
+    keeper = who.identify(SID, pid)
+    assert (keeper.state, keeper.process, keeper.ours) == (KeeperState.PROVEN, identity(pid), True)
+    assert 0 <= keeper.age < 20
+    assert keeper.evidence.endswith("runs keeper_process.py for this session and this folder")
+    assert who.proves_keeper(SID, identity(pid))
+    os.kill(pid, signal.SIGSTOP)
+    assert who.proves_keeper(SID, identity(pid))
+
+
+def test_a_keeper_of_another_make(node_manager: KeeperManager, who: Identity) -> None:
+    pid = spawn(node_manager, SID).keeper_pid
+    keeper = who.identify(SID, pid)
+    assert (keeper.state, keeper.process, keeper.ours) == (KeeperState.PROVEN, identity(pid), False)
+    assert who.proves_keeper(SID, identity(pid))
+
+
+def test_a_keeper_whose_logs_were_deleted(manager: KeeperManager, who: Identity) -> None:
+    """Ours holds the folder itself open."""
+    pid = spawn(manager, SID).keeper_pid
+    for log in manager.sessions_dir.glob("keeper-*.log"):
+        log.unlink()
+    assert who.identify(SID, pid).state is KeeperState.PROVEN
+
+
+def test_a_keeper_of_another_make_whose_logs_were_deleted(
+    node_manager: KeeperManager, who: Identity
+) -> None:
+    """Its arguments alone do not say whose folder it serves, its socket does."""
+    pid = spawn(node_manager, SID).keeper_pid
+    for log in node_manager.sessions_dir.glob("keeper-*.log"):
+        log.unlink()
+    assert who.identify(SID, pid).state is KeeperState.UNVERIFIABLE
+    assert who.proves_keeper(SID, identity(pid))
+
+
+def test_a_keeper_of_another_session(manager: KeeperManager, who: Identity) -> None:
+    pid = spawn(manager, SID).keeper_pid
+    assert who.identify("another", pid).state is KeeperState.RECYCLED
+    assert not who.proves_keeper("another", identity(pid))
+
+
+@pytest.mark.parametrize("make", ["ours", "node"])
+def test_a_keeper_of_another_folder_with_the_same_id(
+    who: Identity, folder: Path, make: str
+) -> None:
+    home = folder.parents[2] / "b" / ".pi" / "dashboard" / "sessions"
+    command = ("node", str(NODE_KEEPER)) if make == "node" else OUR_KEEPER
+    manager = KeeperManager(home, keeper_command=command)
+    spawned = spawn(manager, SID)
+    try:
+        keeper = who.identify(SID, spawned.keeper_pid)
+        assert keeper.state is KeeperState.UNVERIFIABLE
+        assert keeper.evidence.endswith("has no file of this folder open")
+        assert not who.proves_keeper(SID, identity(spawned.keeper_pid))
+        assert spawned.keeper_pid in who.scan()[SID]
+        with Folder(home) as its_own:
+            assert Identity(its_own).proves_keeper(SID, identity(spawned.keeper_pid))
+    finally:
+        kill(spawned.keeper_pid)
+
+
+def test_a_folder_that_was_moved_is_the_same(
+    manager: KeeperManager, who: Identity, tmp_path: Path
+) -> None:
+    pid = spawn(manager, SID).keeper_pid
+    manager.sessions_dir.rename(tmp_path / "moved")
+    assert who.proves_keeper(SID, identity(pid))
+    (tmp_path / "moved").rename(manager.sessions_dir)
+
+
+@pytest.mark.parametrize(
+    ("programs", "state"),
+    [
+        (frozenset({"keeper.cjs"}), KeeperState.UNVERIFIABLE),
+        (frozenset({"keeper.cjs", "mykeeper"}), KeeperState.PROVEN),
+    ],
+)
+def test_programs_are_known_by_setting(
+    opened: Folder, programs: frozenset[str], state: KeeperState
+) -> None:
+    with keeper_without_agent(opened.path, SID, "mykeeper") as (pid,):
+        keeper = Identity(opened, programs).identify(SID, pid)
+        assert (keeper.state, keeper.ours) == (state, False)
+
+
+def test_an_innocent_process_was_given_the_pid(innocent: int, who: Identity) -> None:
+    keeper = who.identify(SID, innocent)
+    assert (keeper.state, keeper.process) == (KeeperState.RECYCLED, identity(innocent))
+    assert "not a keeper" in keeper.evidence
+    assert not who.proves_keeper(SID, identity(innocent))
+
+
+@pytest.mark.parametrize("argument", [SID, f"--session={SID}", f"/x/{SID}.rpc.sock"])
+def test_an_unknown_program_with_the_id_among_its_arguments(who: Identity, argument: str) -> None:
+    with running("print(flush=True); signal.pause()", argument) as (pid,):
+        keeper = who.identify(SID, pid)
+        assert keeper.state is KeeperState.UNVERIFIABLE
+        assert keeper.evidence.endswith("its program is not known")
+        assert not who.proves_keeper(SID, identity(pid))
+
+
+@root
+@pytest.mark.root
+@pytest.mark.parametrize("arguments", [(), (f"/x/{KEEPER_PROGRAM.name}", SID)])
+def test_a_process_of_another_user(
+    opened: Folder, who: Identity, arguments: tuple[str, ...]
+) -> None:
+    """Even if it runs what a keeper runs, and holds the folder open."""
+    command = ["sh", "-c", "echo; sleep 600; :", *arguments]
+    with subprocess.Popen(
+        command, user=NOBODY, pass_fds=(opened.fd,), stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        pid = process.pid
+        keeper = who.identify(SID, pid)
+        assert keeper.state is KeeperState.UNVERIFIABLE
+        assert keeper.evidence == f"process {pid} belongs to uid {NOBODY}"
+        assert not who.proves_keeper(SID, identity(pid))
+        kill(*(LINUX.children(pid) or ()), pid)
+
+
+def test_nobody(who: Identity) -> None:
+    assert who.identify(SID, dead_pid()) == NO_KEEPER
+    with running("print(flush=True)") as (pid,):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert who.identify(SID, pid) == NO_KEEPER
+
+
+def test_a_thread_of_the_kernel(who: Identity) -> None:
+    threads = [pid for pid in LINUX.pids() if LINUX.facts(pid).kernel]
+    if not threads:
+        pytest.skip("this pid namespace has no threads of the kernel")
+    assert who.identify(SID, threads[0]).state is KeeperState.RECYCLED
+
+
+def dies(facts: Facts) -> Callable[[int], Facts]:
+    """Answers once with these facts, and then that there is nobody."""
+    answers = [facts]
+    return lambda _: answers.pop() if answers else DEAD
+
+
+@pytest.mark.parametrize("arguments", [None, ("node", "keeper.cjs", SID)])
+@pytest.mark.parametrize("holds", [None, False])
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_cannot_be_read(
+    opened: Folder, innocent: int, arguments: tuple[str, ...] | None, *, holds: bool, ends: bool
+) -> None:
+    """Of a process that lives on it proves nothing; and one that ends meanwhile is nobody."""
+    facts = LINUX.facts(innocent)
+    system = Odd(
+        facts=dies(facts) if ends else lambda _: facts,
+        arguments=lambda _: arguments,
+        holds=lambda *_: holds,
+    )
+    keeper = Identity(opened, processes=system).identify(SID, innocent)
+    if ends:
+        assert keeper == NO_KEEPER
+    else:
+        assert (keeper.state, keeper.process) == (KeeperState.UNVERIFIABLE, facts.process)
+
+
+def test_who_is_hidden(opened: Folder) -> None:
+    keeper = Identity(opened, processes=Odd(facts=lambda _: HIDDEN)).identify(SID, 99)
+    assert (keeper.state, keeper.evidence) == (
+        KeeperState.UNVERIFIABLE,
+        "process 99 is hidden from us",
+    )
+
+
+# By listening.
+
+
+def test_who_listens_is_the_keeper_whatever_it_runs(who: Identity, folder: Path) -> None:
+    with listening(folder, SOCKET) as (pid,):
+        asked = who.connect(SID)
+        assert asked == Asked(Listening.ANSWERED, identity(pid), named=True)
+        keeper = who.listening_keeper(SID, asked)
+        assert keeper is not None
+        assert (keeper.state, keeper.process, keeper.ours) == (
+            KeeperState.PROVEN,
+            identity(pid),
+            False,
+        )
+        assert who.proves_keeper(SID, identity(pid))
+        assert not who.proves_keeper("another", identity(pid))
+
+
+def test_our_keeper_by_listening(manager: KeeperManager, who: Identity) -> None:
+    pid = spawn(manager, SID).keeper_pid
+    keeper = who.listening_keeper(SID, who.connect(SID))
+    assert keeper is not None
+    assert (keeper.process, keeper.ours) == (identity(pid), True)
+
+
+def test_who_listened_and_is_gone(who: Identity, folder: Path) -> None:
+    with listening(folder, SOCKET):
+        asked = who.connect(SID)
+    assert who.listening_keeper(SID, asked) is None
+    assert who.connect(SID) == Asked(Listening.REFUSED)
+
+
+def test_another_process_of_the_same_number_does_not_listen(who: Identity, folder: Path) -> None:
+    with listening(folder, SOCKET) as (pid,):
+        earlier = replace(identity(pid), started=1)
+        assert not who.proves_keeper(SID, earlier)
+        assert who.listening_keeper(SID, Asked(Listening.ANSWERED, earlier, named=True)) is None
+
+
+def test_a_dead_listener_whose_socket_lives_on_in_a_child(who: Identity, folder: Path) -> None:
+    """It answers, so it is alive; by whom cannot be told."""
+    with listening(folder, SOCKET, heir=True) as (pid, _):
+        kill(pid)
+        asked = who.connect(SID)
+        assert asked == Asked(Listening.ANSWERED)
+        assert who.listening_keeper(SID, asked) is None
+
+
+def test_a_full_backlog_is_an_answer(who: Identity, folder: Path) -> None:
+    with listening(folder, SOCKET, backlog=0), contextlib.ExitStack() as clients:
+        for _ in range(3):
+            client = clients.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.connect(str(folder / SOCKET))
+        assert who.connect(SID) == Asked(Listening.ANSWERED)
+
+
+def test_nobody_listens(who: Identity, folder: Path) -> None:
+    assert who.connect(SID) == Asked(Listening.REFUSED)
+    bare_socket(folder / SOCKET)
+    assert who.connect(SID) == Asked(Listening.REFUSED)
+
+
+def test_what_cannot_be_asked(who: Identity, folder: Path) -> None:
+    (folder / SOCKET).mkdir()
+    assert who.connect(SID) == NOT_ASKED
+
+
+@root
+@pytest.mark.root
+def test_a_listener_of_another_user_is_not_named(who: Identity, folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(folder / SOCKET))
+        code = f"require('net').createServer().listen({{fd: {bound.fileno()}}})"
+        with subprocess.Popen(["node", "-e", code], user=NOBODY, pass_fds=[bound.fileno()]) as node:
+            until(lambda: who.connect(SID).listening is Listening.ANSWERED)
+            asked = who.connect(SID)
+            assert asked == Asked(Listening.ANSWERED, identity(node.pid), named=False)
+            assert who.listening_keeper(SID, asked) is None
+            assert not who.proves_keeper(SID, identity(node.pid))
+            node.kill()
+
+
+# By a walk over all processes.
+
+
+def test_a_scan_finds_keepers_of_every_make_and_folder(
+    manager: KeeperManager, node_manager: KeeperManager, who: Identity, innocent: int
+) -> None:
+    ours, other = spawn(manager, "s-ours"), spawn(node_manager, "s-node")
+    found = who.scan()
+    assert found["s-ours"] == [ours.keeper_pid]
+    assert found["s-node"] == [other.keeper_pid]
+    assert innocent not in [pid for pids in found.values() for pid in pids]
+
+
+def test_a_keeper_that_ends_is_nobody_at_once(manager: KeeperManager, who: Identity) -> None:
+    pid = spawn(manager, SID).keeper_pid
+    process = identity(pid)
+    kill(pid)
+    assert who.identify(SID, pid) == NO_KEEPER
+    assert not who.proves_keeper(SID, process)
+    until(lambda: who.connect(SID) == Asked(Listening.REFUSED))

@@ -1,0 +1,658 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reconciler.layout import Role
+from reconciler.state import (
+    Action,
+    Adopt,
+    Agent,
+    AgentState,
+    Desired,
+    Entry,
+    EntryKind,
+    FileId,
+    Keeper,
+    KeeperState,
+    Listening,
+    Observation,
+    Plan,
+    Policy,
+    ProcessId,
+    Rebind,
+    Remove,
+    Session,
+    SessionTable,
+    StopAgent,
+    StopKeeper,
+    Verdict,
+    decide,
+)
+
+NOW = 1000.0
+OLD = 100.0
+"""An age, in seconds, beyond every time of the policy."""
+POLICY = Policy()  # settle 2 s, start grace 5 s, orphan grace 0.5 s, rebind grace 1 s
+
+KEEPER = ProcessId(100, 1, "boot")
+AGENT = ProcessId(101, 2, "boot")
+RIVAL = ProcessId(200, 3, "boot")
+STRANGER = ProcessId(300, 4, "boot")
+
+WRITTEN = 1_000_000
+SOCKET_FILE = FileId(8, 1, WRITTEN, 0)
+PID_FILE = FileId(8, 2, WRITTEN, 3, b"100")
+AGENT_FILE = FileId(8, 3, WRITTEN, 3, b"101")
+EMPTY_FILE = FileId(8, 2, WRITTEN, 0)
+
+ABSENT = Entry(EntryKind.ABSENT, NOW - OLD)
+SOCKET = Entry(EntryKind.SOCKET, NOW - OLD, SOCKET_FILE)
+PID = Entry(EntryKind.PID, NOW - OLD, PID_FILE, KEEPER.pid)
+EMPTY = Entry(EntryKind.EMPTY, NOW - OLD, EMPTY_FILE)
+BROKEN = Entry(EntryKind.BROKEN, NOW - OLD, EMPTY_FILE, detail="not a pid")
+AGENT_PID = Entry(EntryKind.PID, NOW - OLD, AGENT_FILE, AGENT.pid)
+HOSTILE = Entry(EntryKind.HOSTILE, NOW - OLD, detail="a FIFO")
+UNREADABLE = Entry(EntryKind.UNKNOWN, NOW - OLD, detail="cannot read it")
+OTHERS_PID = replace(PID, pid=STRANGER.pid)
+
+NONE = Keeper(KeeperState.NONE)
+OURS = Keeper(KeeperState.PROVEN, KEEPER, ours=True, age=OLD, evidence="ours")
+OTHER = Keeper(KeeperState.PROVEN, KEEPER, ours=False, age=OLD, evidence="node")
+RECYCLED = Keeper(KeeperState.RECYCLED, STRANGER, age=OLD, evidence="sleep")
+CANNOT_TELL = Keeper(KeeperState.UNVERIFIABLE, STRANGER, age=OLD, evidence="hidden")
+SECOND = Keeper(KeeperState.PROVEN, RIVAL, ours=False, age=OLD, evidence="node")
+
+ALIVE = Agent(AgentState.ALIVE, NOW - OLD, AGENT, proven=True, evidence="agent outlived its keeper")
+MAYBE = Agent(AgentState.UNKNOWN, NOW - OLD, evidence="process 101 may be its agent")
+UNPROVEN = Agent(AgentState.ALIVE, NOW - OLD, AGENT, evidence="the probe says so")
+GONE = Agent(AgentState.GONE, NOW - OLD, evidence="gone")
+NEVER = Agent(AgentState.NEVER_SEEN, NOW - OLD)
+
+REMOVE_PID = Remove(((Role.PID_FILE, PID_FILE),))
+REMOVE_SOCKET = Remove(((Role.SOCKET, SOCKET_FILE),))
+REMOVE_ALL = Remove(
+    ((Role.SOCKET, SOCKET_FILE), (Role.AGENT_PID_FILE, AGENT_FILE), (Role.PID_FILE, PID_FILE))
+)
+V = Verdict
+
+
+def aged(entry: Entry, seconds: float) -> Entry:
+    return replace(entry, since=NOW - seconds)
+
+
+def newer(entry: Entry) -> Entry:
+    """Made later than the pid file, as their own times say."""
+    assert entry.file is not None
+    return replace(entry, file=replace(entry.file, mtime_ns=WRITTEN + 1))
+
+
+def healthy(
+    *,
+    pid_file: Entry = PID,
+    socket: Entry = SOCKET,
+    agent_file: Entry = AGENT_PID,
+    keeper: Keeper = OURS,
+    listening: Listening = Listening.ANSWERED,
+    listener: ProcessId | None = KEEPER,
+    agent: Agent = ALIVE,
+    rivals: tuple[Keeper, ...] = (),
+    remote: bool = False,
+    seen_alive: bool = True,
+) -> Observation:
+    """A session in order, but for what is said otherwise."""
+    return Observation(
+        sid="s1",
+        now=NOW,
+        pid_file=pid_file,
+        socket=socket,
+        agent_file=agent_file,
+        keeper=keeper,
+        listening=listening,
+        listener=listener,
+        agent=agent,
+        rivals=rivals,
+        remote=remote,
+        seen_alive=seen_alive,
+    )
+
+
+def left(
+    *,
+    pid_file: Entry = PID,
+    socket: Entry = SOCKET,
+    agent_file: Entry = AGENT_PID,
+    keeper: Keeper = NONE,
+    listening: Listening | None = None,
+    listener: ProcessId | None = None,
+    agent: Agent = NEVER,
+    remote: bool = False,
+    seen_alive: bool = False,
+) -> Observation:
+    """What a dead keeper has left, found for the first time, but for what is said otherwise."""
+    asked = Listening.REFUSED if socket.kind is EntryKind.SOCKET else Listening.NOT_ASKED
+    return healthy(
+        pid_file=pid_file,
+        socket=socket,
+        agent_file=agent_file,
+        keeper=keeper,
+        listening=listening or asked,
+        listener=listener,
+        agent=agent,
+        remote=remote,
+        seen_alive=seen_alive,
+    )
+
+
+def nothing(*, keeper: Keeper = NONE, agent: Agent = NEVER) -> Observation:
+    return left(pid_file=ABSENT, socket=ABSENT, agent_file=ABSENT, keeper=keeper, agent=agent)
+
+
+def fileless(*, keeper: Keeper, agent: Agent = ALIVE) -> Observation:
+    """A keeper that a scan of processes has found, without any file."""
+    return healthy(
+        pid_file=ABSENT,
+        socket=ABSENT,
+        agent_file=ABSENT,
+        keeper=keeper,
+        listening=Listening.NOT_ASKED,
+        listener=None,
+        agent=agent,
+    )
+
+
+def young(keeper: Keeper, age: float) -> Keeper:
+    return replace(keeper, age=age)
+
+
+Row = tuple[str, Observation, Verdict, tuple[Action, ...], float | None]
+FOUND = Desired.AS_FOUND
+
+# What is seen, the verdict, what is done, and seconds until the next look.
+TABLE: tuple[Row, ...] = (
+    # starting: a socket without a pid file, or an empty or broken one, younger than settle
+    ("starting, bare socket", left(pid_file=ABSENT, agent_file=ABSENT, socket=aged(SOCKET, 0)),
+     V.STARTING, (), 2.0),
+    ("starting, bare socket, nearly settled",
+     left(pid_file=ABSENT, agent_file=ABSENT, socket=aged(SOCKET, 1.75)), V.STARTING, (), 0.25),
+    ("starting, empty pid file", left(pid_file=aged(EMPTY, 0.5)), V.STARTING, (), 1.5),
+    ("starting, broken pid file", left(pid_file=aged(BROKEN, 0.5)), V.STARTING, (), 1.5),
+    ("starting, old empty pid file, young socket",
+     left(pid_file=EMPTY, socket=aged(SOCKET, 1.0)), V.STARTING, (), 1.0),
+    ("starting, only an agent pid file",
+     left(pid_file=ABSENT, socket=ABSENT, agent_file=aged(AGENT_PID, 1.0)), V.STARTING, (), 1.0),
+    ("starting, old pid file names a dead one, the socket is newer and young",
+     left(socket=aged(newer(SOCKET), 0.5)), V.STARTING, (), 1.5),
+    ("starting, the same with a recycled pid",
+     left(socket=aged(newer(SOCKET), 0.5), keeper=RECYCLED), V.STARTING, (), 1.5),
+    # booting: the keeper is proven, no agent yet, younger than the start grace
+    ("booting", healthy(keeper=young(OTHER, 1.0), agent=NEVER), V.STARTING, (), 4.0),
+    ("booting, before its socket", fileless(keeper=young(OURS, 1.0), agent=NEVER),
+     V.STARTING, (), 4.0),
+    ("booting, before its pid file",
+     healthy(pid_file=aged(ABSENT, 1.5), socket=aged(SOCKET, 0.5), keeper=young(OTHER, 1)),
+     V.STARTING, (), 1.5),
+    ("booting, the grace is over", healthy(keeper=young(OTHER, 5.0), agent=NEVER),
+     V.READY, (), None),
+    # ready
+    ("ready, ours", healthy(), V.READY, (), None),
+    ("ready, another make", healthy(keeper=OTHER), V.READY, (), None),
+    ("ready, young with its agent", healthy(keeper=young(OURS, 0.1)), V.READY, (), None),
+    ("ready, agent not known", healthy(agent=MAYBE), V.READY, (), None),
+    ("ready, agent alive by word alone", healthy(agent=UNPROVEN), V.READY, (), None),
+    ("ready, never seen an agent for long", healthy(agent=NEVER), V.READY, (), None),
+    ("ready, stopped keeper with a full backlog", healthy(listener=None), V.READY, (), None),
+    ("ready, socket not asked", healthy(listening=Listening.NOT_ASKED, listener=None),
+     V.READY, (), None),
+    ("ready, on a network filesystem", healthy(remote=True), V.READY, (), None),
+    # stale: dead, recycled, or broken and old; and the socket, if any, refuses
+    ("stale, dead", left(), V.STALE, (REMOVE_ALL,), None),
+    ("stale, dead a moment ago, seen alive before",
+     left(pid_file=aged(PID, 0), socket=aged(SOCKET, 0), agent=GONE, seen_alive=True),
+     V.STALE, (REMOVE_ALL,), None),
+    ("stale, found, pid file not older than its socket",
+     left(pid_file=aged(PID, 0), socket=aged(SOCKET, 0)), V.STALE, (REMOVE_ALL,), None),
+    ("stale, the socket is newer, and settled", left(socket=aged(newer(SOCKET), 2.0)),
+     V.STALE, (replace(REMOVE_ALL, entries=(
+         (Role.SOCKET, replace(SOCKET_FILE, mtime_ns=WRITTEN + 1)), *REMOVE_ALL.entries[1:])),),
+     None),
+    ("stale, recycled", left(keeper=RECYCLED), V.STALE, (REMOVE_ALL,), None),
+    ("stale, pid file alone", left(socket=ABSENT, agent_file=ABSENT), V.STALE, (REMOVE_PID,), None),
+    ("stale, empty and settled", left(pid_file=aged(EMPTY, 2.0), socket=ABSENT, agent_file=ABSENT),
+     V.STALE, (Remove(((Role.PID_FILE, EMPTY_FILE),)),), None),
+    ("stale, broken and old", left(pid_file=BROKEN, socket=ABSENT, agent_file=ABSENT),
+     V.STALE, (Remove(((Role.PID_FILE, EMPTY_FILE),)),), None),
+    ("stale, agent known gone", left(agent=GONE), V.STALE, (REMOVE_ALL,), None),
+    ("stale, network filesystem, but seen alive here", left(remote=True, seen_alive=True),
+     V.STALE, (REMOVE_ALL,), None),
+    # bare socket
+    ("bare socket, refuses, settled",
+     left(pid_file=ABSENT, agent_file=ABSENT, socket=aged(SOCKET, 2.0)),
+     V.STALE, (REMOVE_SOCKET,), None),
+    ("bare socket, answered by another make", healthy(pid_file=ABSENT, keeper=OTHER),
+     V.ADOPT, (Adopt(KEEPER, None),), None),
+    ("bare socket, answered by ours", healthy(pid_file=ABSENT), V.ADOPT, (Rebind(KEEPER),), 1.0),
+    ("bare socket, answered by nobody that can be named",
+     left(pid_file=ABSENT, listening=Listening.ANSWERED), V.UNVERIFIABLE, (), None),
+    ("adopt, the pid file names another", healthy(pid_file=OTHERS_PID, keeper=OTHER),
+     V.ADOPT, (Adopt(KEEPER, PID_FILE),), None),
+    ("adopt, the pid file is empty and settled",
+     healthy(pid_file=aged(EMPTY, 2.0), keeper=OTHER), V.ADOPT, (Adopt(KEEPER, EMPTY_FILE),), None),
+    ("adopt, not before the pid file has settled",
+     healthy(pid_file=aged(EMPTY, 1.0), keeper=OTHER), V.STARTING, (), 1.0),
+    # orphan keeper: the agent is known gone, for 500 ms
+    ("orphan keeper, may end by itself", healthy(agent=replace(GONE, since=NOW - 0.25)),
+     V.ORPHAN, (), 0.25),
+    ("orphan keeper", healthy(agent=replace(GONE, since=NOW - 0.5)),
+     V.ORPHAN, (StopKeeper(KEEPER),), None),
+    ("orphan keeper of another make", healthy(keeper=OTHER, agent=GONE),
+     V.ORPHAN, (StopKeeper(KEEPER),), None),
+    ("orphan keeper without a socket", healthy(socket=ABSENT, listening=Listening.NOT_ASKED,
+                                               agent=GONE),
+     V.ORPHAN, (StopKeeper(KEEPER),), None),
+    # orphan agent: the keeper is dead, the agent is alive and proven
+    ("orphan agent", left(agent=ALIVE), V.ORPHAN_AGENT, (StopAgent(AGENT),), None),
+    ("orphan agent, recycled keeper pid", left(keeper=RECYCLED, agent=ALIVE),
+     V.ORPHAN_AGENT, (StopAgent(AGENT),), None),
+    ("orphan agent, no file is left", nothing(agent=ALIVE),
+     V.ORPHAN_AGENT, (StopAgent(AGENT),), None),
+    ("orphan agent, not proven", left(agent=UNPROVEN), V.UNVERIFIABLE, (), None),
+    ("orphan agent, not known", left(agent=MAYBE), V.UNVERIFIABLE, (), None),
+    # unreachable: the keeper is proven, its socket gone for longer than settle
+    ("unreachable, ours", healthy(socket=aged(ABSENT, 2.0), listening=Listening.NOT_ASKED),
+     V.UNREACHABLE, (Rebind(KEEPER),), 1.0),
+    ("unreachable, ours, its socket refuses", healthy(listening=Listening.REFUSED, listener=None),
+     V.UNREACHABLE, (Rebind(KEEPER),), 1.0),
+    ("unreachable, another make",
+     healthy(socket=ABSENT, listening=Listening.NOT_ASKED, keeper=OTHER), V.UNREACHABLE, (), None),
+    ("unreachable, not settled",
+     healthy(socket=aged(ABSENT, 0.5), listening=Listening.NOT_ASKED, keeper=OTHER),
+     V.STARTING, (), 1.5),
+    # usurped: two proven keepers of this folder for one sid
+    ("usurped, the first owns the socket", healthy(keeper=OTHER, rivals=(SECOND,)),
+     V.USURPED, (StopKeeper(RIVAL, at_once=True),), None),
+    ("usurped, the second owns the socket",
+     healthy(keeper=OTHER, rivals=(SECOND,), listener=RIVAL),
+     V.USURPED, (StopKeeper(KEEPER, at_once=True),), None),
+    ("usurped, the loser is ours and removes only its own",
+     healthy(rivals=(SECOND,), listener=RIVAL), V.USURPED, (StopKeeper(KEEPER),), None),
+    ("usurped, two losers",
+     healthy(keeper=OTHER, rivals=(SECOND, replace(SECOND, process=STRANGER, ours=True))),
+     V.USURPED, (StopKeeper(RIVAL, at_once=True), StopKeeper(STRANGER)), None),
+    ("usurped, the second may be ending",
+     healthy(keeper=OTHER, rivals=(young(SECOND, 3.0),)), V.USURPED, (), 2.0),
+    ("usurped, nobody is known to listen", healthy(rivals=(SECOND,), listener=None),
+     V.UNVERIFIABLE, (), None),
+    ("usurped, a stranger listens", healthy(rivals=(SECOND,), listener=STRANGER),
+     V.UNVERIFIABLE, (), None),
+    ("usurped, there is no socket", healthy(rivals=(SECOND,), socket=ABSENT,
+                                            listening=Listening.NOT_ASKED, listener=None),
+     V.UNREACHABLE, (Rebind(KEEPER),), 1.0),
+    # lost keeper: no file at all
+    ("lost, ours", fileless(keeper=OURS), V.LOST, (Rebind(KEEPER),), 1.0),
+    ("lost, another make", fileless(keeper=OTHER), V.LOST, (StopKeeper(KEEPER),), None),
+    ("lost, may be starting", fileless(keeper=young(OTHER, 4.0)), V.STARTING, (), 1.0),
+    # hostile: whatever else is seen
+    ("hostile socket", healthy(socket=HOSTILE), V.REFUSED, (), None),
+    ("hostile pid file", left(pid_file=HOSTILE), V.REFUSED, (), None),
+    ("hostile agent pid file", left(agent_file=HOSTILE), V.REFUSED, (), None),
+    ("hostile beside an orphan", healthy(socket=HOSTILE, agent=GONE), V.REFUSED, (), None),
+    # foreign: cannot tell
+    ("foreign keeper", healthy(keeper=CANNOT_TELL, listener=None), V.UNVERIFIABLE, (), None),
+    ("foreign keeper, refusing socket", left(keeper=CANNOT_TELL), V.UNVERIFIABLE, (), None),
+    ("foreign keeper, agent gone", left(keeper=CANNOT_TELL, agent=GONE), V.UNVERIFIABLE, (), None),
+    ("foreign listener, dead pid", left(listening=Listening.ANSWERED), V.UNVERIFIABLE, (), None),
+    ("foreign listener, recycled pid", left(keeper=RECYCLED, listening=Listening.ANSWERED),
+     V.UNVERIFIABLE, (), None),
+    ("foreign listener on a living keeper's socket", healthy(listener=STRANGER),
+     V.UNVERIFIABLE, (), None),
+    ("socket that could not be asked", left(listening=Listening.NOT_ASKED),
+     V.UNVERIFIABLE, (), None),
+    ("unreadable entry", healthy(pid_file=UNREADABLE), V.UNVERIFIABLE, (), None),
+    ("another host", left(remote=True), V.UNVERIFIABLE, (), None),
+    ("another host, bare socket", left(pid_file=ABSENT, agent_file=ABSENT, remote=True),
+     V.UNVERIFIABLE, (), None),
+    # nothing
+    ("nothing", nothing(), V.ABSENT, (), None),
+    ("nothing, agent known gone", nothing(agent=GONE), V.ABSENT, (), None),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seen", "verdict", "actions", "again"), [row[1:] for row in TABLE], ids=[r[0] for r in TABLE]
+)
+def test_decision_table(
+    seen: Observation, verdict: Verdict, actions: tuple[Action, ...], again: float | None
+) -> None:
+    plan = decide(seen, Desired.AS_FOUND, POLICY)
+    assert (plan.verdict, plan.actions, plan.again_after) == (verdict, actions, again)
+    assert plan.reason
+
+
+WISHED: tuple[tuple[str, Desired, Observation, Verdict, tuple[Action, ...]], ...] = (
+    ("unwanted", Desired.ABSENT, healthy(), V.STOPPING, (StopKeeper(KEEPER),)),
+    ("unwanted, another make", Desired.ABSENT, healthy(keeper=OTHER), V.STOPPING,
+     (StopKeeper(KEEPER),)),
+    ("unwanted, still starting", Desired.ABSENT, healthy(keeper=young(OURS, 0.1), agent=NEVER),
+     V.STOPPING, (StopKeeper(KEEPER),)),
+    ("unwanted, no file left", Desired.ABSENT, fileless(keeper=OTHER), V.STOPPING,
+     (StopKeeper(KEEPER),)),
+    ("unwanted, dead", Desired.ABSENT, left(), V.STALE, (REMOVE_ALL,)),
+    ("unwanted, gone", Desired.ABSENT, nothing(), V.ABSENT, ()),
+    ("unwanted, cannot tell", Desired.ABSENT, healthy(keeper=CANNOT_TELL), V.UNVERIFIABLE, ()),
+    ("unwanted, hostile", Desired.ABSENT, healthy(socket=HOSTILE), V.REFUSED, ()),
+    ("unwanted, usurped", Desired.ABSENT, healthy(rivals=(SECOND,)), V.USURPED,
+     (StopKeeper(RIVAL, at_once=True),)),
+    ("wanted", Desired.PRESENT, healthy(), V.READY, ()),
+    ("wanted, orphan", Desired.PRESENT, healthy(agent=GONE), V.ORPHAN, (StopKeeper(KEEPER),)),
+    ("wanted, dead", Desired.PRESENT, left(), V.STALE, (REMOVE_ALL,)),
+    ("missing", Desired.PRESENT, nothing(), V.MISSING, ()),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("desired", "seen", "verdict", "actions"), [r[1:] for r in WISHED], ids=[r[0] for r in WISHED]
+)
+def test_what_is_wanted(
+    desired: Desired, seen: Observation, verdict: Verdict, actions: tuple[Action, ...]
+) -> None:
+    plan = decide(seen, desired, POLICY)
+    assert (plan.verdict, plan.actions) == (verdict, actions)
+
+
+@pytest.mark.parametrize(
+    ("seen", "reason"),
+    [
+        (left(), "keeper dead"),
+        (left(keeper=RECYCLED), "pid recycled by another process"),
+        (left(pid_file=EMPTY), "pid file empty and old"),
+        (left(pid_file=BROKEN), "pid file broken and old"),
+        (left(pid_file=ABSENT), "no pid file, and nobody listens"),
+        (healthy(socket=HOSTILE, pid_file=HOSTILE), "socket: a FIFO, pid_file: a FIFO"),
+        (healthy(keeper=CANNOT_TELL), "hidden"),
+        (left(agent=MAYBE), "keeper dead, process 101 may be its agent"),
+    ],
+)
+def test_reasons(seen: Observation, reason: str) -> None:
+    assert decide(seen, FOUND, POLICY).reason == reason
+
+
+def test_the_times_are_the_policys() -> None:
+    long = Policy(settle=50, start_grace=60, orphan_grace=200, rebind_grace=7)
+    bare = left(pid_file=ABSENT, agent_file=ABSENT, socket=aged(SOCKET, 49))
+    assert decide(bare, FOUND, long).again_after == 1
+    assert decide(healthy(keeper=young(OTHER, 59), agent=NEVER), FOUND, long).again_after == 1
+    assert decide(healthy(agent=GONE), FOUND, long).again_after == 200 - OLD
+    assert decide(fileless(keeper=OURS), FOUND, long).again_after == 7
+
+
+@pytest.mark.parametrize(
+    ("seen", "watched"),
+    [
+        (healthy(), {KEEPER, AGENT}),
+        (healthy(agent=GONE), {KEEPER}),
+        (healthy(rivals=(SECOND,)), {KEEPER, AGENT, RIVAL}),
+        (healthy(keeper=CANNOT_TELL, agent=MAYBE), {STRANGER}),
+        (left(keeper=RECYCLED), {STRANGER}),
+        (left(agent=ALIVE), {AGENT}),
+        (nothing(), set()),
+    ],
+)
+def test_whose_exit_brings_the_next_look(seen: Observation, watched: set[ProcessId]) -> None:
+    assert seen.watched == watched
+
+
+def test_a_proven_keeper_without_a_process_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="has a process"):
+        decide(healthy(keeper=Keeper(KeeperState.PROVEN)), FOUND, POLICY)
+
+
+# All observations there are.
+
+moments = st.sampled_from([NOW, NOW - 0.3, NOW - 1.9, NOW - 2.0, NOW - 6.0, NOW - OLD])
+files = st.builds(
+    FileId,
+    st.just(8),
+    st.integers(1, 3),
+    st.sampled_from([WRITTEN, WRITTEN + 1]),
+    st.integers(0, 3),
+)
+processes = st.sampled_from([KEEPER, AGENT, RIVAL, STRANGER])
+bare_entries = st.builds(
+    Entry,
+    st.sampled_from([EntryKind.ABSENT, EntryKind.HOSTILE, EntryKind.UNKNOWN]),
+    moments,
+    detail=st.just("why"),
+)
+sockets = bare_entries | st.builds(Entry, st.just(EntryKind.SOCKET), moments, files)
+pids = st.sampled_from([100, 101, 200, 300])
+named = st.builds(Entry, st.just(EntryKind.PID), moments, files, pids)
+pid_files = (
+    named
+    | bare_entries
+    | st.builds(Entry, st.sampled_from([EntryKind.EMPTY, EntryKind.BROKEN]), moments, files)
+)
+ages = st.sampled_from([0.0, 1.0, 4.9, 5.0, OLD])
+keepers = st.builds(
+    Keeper, st.sampled_from(KeeperState), processes, st.booleans(), ages, st.just("why")
+)
+agents = st.builds(
+    Agent, st.sampled_from(AgentState), moments, st.none() | processes, st.booleans()
+)
+
+
+@st.composite
+def observations(draw: st.DrawFn) -> Observation:
+    """Whatever a look can give: a claim by a pid file, rivals of a keeper that is there."""
+    keeper = draw(keepers)
+    by_file = keeper.state in {KeeperState.RECYCLED, KeeperState.UNVERIFIABLE}
+    beside = draw(st.lists(processes, max_size=2, unique=True))
+    alone = keeper.state in {KeeperState.NONE, KeeperState.RECYCLED}
+    rivals = (
+        Keeper(KeeperState.PROVEN, process, draw(st.booleans()), draw(ages))
+        for process in beside
+        if process != keeper.process and not alone
+    )
+    listening = draw(st.sampled_from(Listening))
+    return Observation(
+        sid="s1",
+        now=NOW,
+        pid_file=draw(named if by_file else pid_files),
+        socket=draw(sockets),
+        agent_file=draw(pid_files),
+        keeper=NONE if keeper.state is KeeperState.NONE else keeper,
+        listening=listening,
+        listener=draw(st.none() | processes) if listening is Listening.ANSWERED else None,
+        agent=draw(agents),
+        rivals=tuple(rivals),
+        remote=draw(st.booleans()),
+        seen_alive=draw(st.booleans()),
+    )
+
+
+TERMINAL = {
+    V.ABSENT,
+    V.READY,
+    V.UNREACHABLE,
+    V.MISSING,
+    V.REFUSED,
+    V.UNVERIFIABLE,
+}
+
+
+def check_removal(seen: Observation, action: Remove) -> None:
+    assert seen.keeper.state in {KeeperState.NONE, KeeperState.RECYCLED}
+    assert seen.listening is not Listening.ANSWERED
+    assert seen.listening is Listening.REFUSED or not seen.socket.present
+    assert seen.agent.state in {AgentState.GONE, AgentState.NEVER_SEEN}
+    assert seen.seen_alive or not seen.remote
+    judged = [(role, entry.file) for role, entry in seen.entries if entry.present]
+    assert list(action.entries) == judged != []
+
+
+def check_action(seen: Observation, action: Action) -> None:
+    proven = [k.process for k in (seen.keeper, *seen.rivals) if k.state is KeeperState.PROVEN]
+    match action:
+        case Remove():
+            check_removal(seen, action)
+        case StopKeeper():
+            assert action.process in proven
+            assert not (seen.rivals and action.process == seen.listener)
+        case Rebind() | Adopt():
+            assert action.process in proven
+        case StopAgent():
+            assert seen.agent.state is AgentState.ALIVE
+            assert seen.agent.proven
+            assert action.process == seen.agent.process
+            assert not proven
+
+
+@settings(max_examples=1000)
+@given(seen=observations(), desired=st.sampled_from(Desired))
+def test_what_always_holds(seen: Observation, desired: Desired) -> None:
+    plan = decide(seen, desired, POLICY)
+    doubtful = {EntryKind.HOSTILE, EntryKind.UNKNOWN} & {entry.kind for _, entry in seen.entries}
+    if seen.keeper.state is KeeperState.UNVERIFIABLE or doubtful:
+        assert not plan.actions
+    for action in plan.actions:
+        check_action(seen, action)
+    if plan.again_after is not None:
+        assert 0 < plan.again_after <= max(POLICY.settle, POLICY.start_grace)
+    elif not plan.actions:
+        assert plan.verdict in TERMINAL
+    if desired is Desired.ABSENT:
+        assert plan.verdict not in {V.READY, V.MISSING}
+
+
+@settings(max_examples=300)
+@given(seen=observations(), later=st.sampled_from([2.0, 10.0]))
+def test_what_is_only_waited_for_ends(seen: Observation, later: float) -> None:
+    """If nothing changes, the looks that were asked for end in an action or in rest."""
+    looks = 0
+    while not (plan := decide(seen, FOUND, POLICY)).actions and plan.again_after is not None:
+        looks += 1
+        assert looks < 6
+        step = max(plan.again_after, later)
+        seen = replace(
+            seen,
+            now=seen.now + step,
+            keeper=replace(seen.keeper, age=seen.keeper.age + step),
+            rivals=tuple(replace(rival, age=rival.age + step) for rival in seen.rivals),
+        )
+
+
+# The table of sessions.
+
+
+def judged(seen: Observation, desired: Desired = FOUND) -> tuple[Observation, Plan]:
+    return seen, decide(seen, desired, POLICY)
+
+
+def test_a_row_is_recorded_and_read() -> None:
+    table = SessionTable()
+    assert "s1" not in table
+    assert table.record(*judged(healthy()))
+    row = table["s1"]
+    assert list(table) == ["s1"]
+    assert len(table) == 1
+    assert (row.phase, row.reason) == (V.READY, "keeper proven")
+    assert (row.keeper_pid, row.agent_pid) == (KEEPER.pid, AGENT.pid)
+    assert row.desired is FOUND
+
+
+def test_a_row_without_a_look() -> None:
+    row = Session("s1")
+    assert (row.phase, row.reason) == (V.STARTING, "not looked at yet")
+    assert (row.keeper_pid, row.agent_pid) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("seen", "pids"),
+    [
+        (left(keeper=RECYCLED), (None, None)),
+        (healthy(keeper=CANNOT_TELL), (None, AGENT.pid)),
+        (healthy(agent=GONE), (KEEPER.pid, None)),
+        (healthy(agent=replace(UNPROVEN, process=None)), (KEEPER.pid, None)),
+    ],
+)
+def test_pids_are_those_that_are_known(
+    seen: Observation, pids: tuple[int | None, int | None]
+) -> None:
+    row = Session("s1", seen=seen, plan=decide(seen, FOUND, POLICY))
+    assert (row.keeper_pid, row.agent_pid) == pids
+
+
+def test_a_session_of_which_nothing_is_left_leaves_the_table() -> None:
+    table = SessionTable()
+    table.want("s1", Desired.ABSENT)
+    table.record(*judged(healthy(), Desired.ABSENT))
+    assert table["s1"].phase is V.STOPPING
+    assert table.record(*judged(nothing(), Desired.ABSENT))
+    assert "s1" not in table
+    assert table.row("s1").desired is FOUND
+
+
+def test_a_wanted_session_stays_though_nothing_is_there() -> None:
+    table = SessionTable()
+    table.want("s1", Desired.PRESENT)
+    assert table["s1"].phase is V.STARTING
+    table.record(*judged(nothing(), Desired.PRESENT))
+    assert (table["s1"].phase, table["s1"].desired) == (V.MISSING, Desired.PRESENT)
+
+
+def test_a_wish_keeps_what_was_seen() -> None:
+    table = SessionTable()
+    table.record(*judged(healthy()))
+    table.want("s1", Desired.ABSENT)
+    assert table["s1"].seen == healthy()
+    assert table["s1"].desired is Desired.ABSENT
+    table.record(*judged(healthy(agent=GONE), Desired.ABSENT))
+    assert table["s1"].desired is Desired.ABSENT
+
+
+def test_reset_forgets_what_was_seen_but_not_what_is_wanted() -> None:
+    table = SessionTable()
+    table.record(*judged(healthy()))
+    table.reset("s1")
+    assert "s1" not in table
+    table.want("s1", Desired.PRESENT)
+    table.record(*judged(healthy(), Desired.PRESENT))
+    table.reset("s1")
+    assert table["s1"] == Session("s1", Desired.PRESENT)
+    table.reset("never there")
+    assert list(table) == ["s1"]
+
+
+def test_subscribers_are_told_of_changes_alone() -> None:
+    table = SessionTable()
+    told: list[tuple[Verdict, int | None]] = []
+    unsubscribe = table.subscribe(lambda row: told.append((row.phase, row.agent_pid)))
+    assert table.record(*judged(healthy()))
+    assert not table.record(*judged(replace(healthy(), now=NOW + 1)))
+    assert told == [(V.READY, AGENT.pid)]
+    # A pid that changes under the same verdict is a change, but no new judgement.
+    assert not table.record(*judged(healthy(agent=replace(ALIVE, process=STRANGER))))
+    assert told[1:] == [(V.READY, STRANGER.pid)]
+    table.reset("s1")
+    unsubscribe()
+    unsubscribe()
+    table.record(*judged(left()))
+    assert told[2:] == [(V.ABSENT, None)]
+
+
+def test_subscribers_may_leave_while_they_are_told() -> None:
+    table = SessionTable()
+    told: list[str] = []
+
+    def once(row: Session) -> None:
+        told.append(row.sid)
+        leave()
+
+    leave = table.subscribe(once)
+    table.subscribe(lambda row: told.append(row.sid))
+    table.record(*judged(healthy()))
+    table.record(*judged(left()))
+    assert told == ["s1", "s1", "s1"]
