@@ -118,7 +118,7 @@ class Agents:
         if before is not None and before.proven and before.process is not None:
             facts = self._processes.facts(before.process.pid)
             if facts.process == before.process and not facts.dying:
-                return replace(before, since=seen.now)
+                return self._outlived(seen, before, before.process)
             return Agent(AgentState.GONE, seen.now, evidence="it was seen alive, and is gone")
         registered = None
         if self._registry is not None and seen.pid_file.pid:
@@ -127,6 +127,18 @@ class Agents:
             if pid:
                 return self._left(seen, pid)
         return Agent(AgentState.NEVER_SEEN, seen.now)
+
+    def _outlived(self, seen: Observation, before: Agent, process: ProcessId) -> Agent:
+        """The child of a keeper that is dead: its agent, unless it is the keeper itself.
+
+        A keeper that detaches is the child of its first process until that one ends.
+        """
+        arguments = self._processes.arguments(process.pid)
+        run = keeper_arguments(arguments, self._programs) if arguments else None
+        if run is not None and run.sid == seen.sid:
+            evidence = f"process {process.pid} is a keeper that has just detached"
+            return Agent(AgentState.NEVER_SEEN, seen.now, evidence=evidence)
+        return replace(before, since=seen.now)
 
     def _left(self, seen: Observation, pid: int) -> Agent:
         """Whether a process is what the dead keeper of the session left behind."""

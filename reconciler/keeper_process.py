@@ -928,8 +928,12 @@ def _become_agent(
     command: list[bytes],
     environment: dict[bytes, bytes],
 ) -> None:
-    """In the child: never returns. All other descriptors close at exec."""
+    """In the child: never returns."""
     try:
+        # At once, and not only at exec: should the keeper be killed now, nobody listens.
+        kept = sorted({*stdio, report})
+        for first, last in zip([2, *kept], [*kept, 1 << 16], strict=True):
+            os.closerange(max(3, first + 1), last)
         _die_with(keeper)
         signal.set_wakeup_fd(-1)
         for number in RESET_FOR_AGENT:

@@ -7,6 +7,7 @@ told once; a quiet world tells nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from reconciler.effects import Done
@@ -41,6 +42,10 @@ _EVENTS: Mapping[type, str] = {
 }
 
 
+_RECONCILE_ID = ContextVar("reconcile_id", default=0)
+"""Which look a line belongs to; a task that a look has started keeps that look's."""
+
+
 class Reporter:
     """Tells of sessions.
 
@@ -52,11 +57,12 @@ class Reporter:
     def __init__(self, log: FilteringBoundLogger, metrics: Metrics | None = None) -> None:
         self._log = log
         self._metrics = metrics
-        self._reconcile_id = 0
+        self._looks = 0
 
     def begin(self) -> None:
         """A session is looked at: what is told from here on belongs to this look."""
-        self._reconcile_id += 1
+        self._looks += 1
+        _RECONCILE_ID.set(self._looks)
 
     def judged(self, seen: Observation, plan: Plan, *, acting: bool) -> None:
         """The judgement of a session is a new one."""
@@ -94,7 +100,7 @@ class Reporter:
             sid=sid,
             keeper_pid=None,
             reason=f"{type(error).__name__}: {error}",
-            reconcile_id=self._reconcile_id,
+            reconcile_id=_RECONCILE_ID.get(),
             retry_ms=round(retry * 1000),
         )
 
@@ -108,7 +114,7 @@ class Reporter:
             if seen.keeper.process
             else seen.pid_file.pid or None,
             reason=plan.reason,
-            reconcile_id=self._reconcile_id,
+            reconcile_id=_RECONCILE_ID.get(),
             verdict=plan.verdict.value,
             **_evidence(seen),
             **more,

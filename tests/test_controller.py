@@ -36,8 +36,10 @@ from conftest import (
 from reconciler import effects, exits, ladder, probe, removal, watcher
 from reconciler.controller import Reconciler
 from reconciler.errors import FolderError, FolderLockedError, NoSuchSessionError, UnverifiableError
+from reconciler.hints import AT_ONCE
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.ladder import Ladder
+from reconciler.layout import KEEPER_PROGRAM
 from reconciler.processes import SYSTEM
 from reconciler.spawning import OUR_KEEPER
 from reconciler.state import Desired, Observation, Policy, Session, Verdict
@@ -768,6 +770,53 @@ async def test_stop_of_a_recycled_pid_spares_the_process(folder: Path, innocent:
             assert stopped.keeper_pid is None
         await gone(folder)
         assert alive(innocent)
+
+
+# A keeper that detaches itself.
+
+FORKS_WHEN_TOLD = """
+import os, sys, time
+folder = os.open(sys.argv[2], os.O_RDONLY)
+print("open", flush=True)
+sys.stdin.readline()
+if child := os.fork():
+    print(child, flush=True)
+time.sleep(600)
+"""
+
+
+@asynchronous
+async def test_a_keeper_that_detaches_is_not_taken_for_its_starters_agent(
+    folder: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / KEEPER_PROGRAM.name
+    program.write_text(FORKS_WHEN_TOLD)
+    command = [sys.executable, "-I", "-S", str(program), SID, str(folder)]
+    with subprocess.Popen(  # noqa: ASYNC220 - it is there at once
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as between:
+        assert between.stdin is not None
+        assert between.stdout is not None
+        assert between.stdout.readline() == b"open\n"
+        told = Told()
+        async with Reconciler(KeeperManager(folder), resync=3600.0, logger=told.logger) as it:
+            await happens(lambda: it.sessions.row(SID).keeper_pid == between.pid)
+            between.stdin.write(b"\n")
+            between.stdin.flush()
+            keeper = int(between.stdout.readline())
+            try:
+                seen = it.sessions[SID].seen
+                it._hint(SID, AT_ONCE)
+                await happens(lambda: it.sessions[SID].seen is not seen, "it was looked at")
+                between.kill()
+                await soon(it.wait_for(SID, lambda s: s.keeper_pid != between.pid))
+                await it.settled()
+                assert alive(keeper)
+                assert it.sessions.row(SID).keeper_pid == keeper
+                assert not told.of("agent.stopped")
+                assert it.sessions.row(SID).phase is Verdict.STARTING
+            finally:
+                os.kill(keeper, signal.SIGKILL)
 
 
 # One session's trouble.

@@ -13,50 +13,20 @@ from pathlib import Path
 
 import pytest
 from conftest import bare_socket, root, until
+from stand_ins import NOBODY, listening
 
 from reconciler import folder as folder_module
 from reconciler.folder import Answer, Folder, Peer
 from reconciler.state import EntryKind
 
 NAME = "s1.rpc.sock"
-NOBODY = 65534
 NOW = 7.0
-
-LISTEN = """
-import os, signal, socket, sys
-folder, name, backlog = sys.argv[1:4]
-os.chdir(folder)
-listener = socket.socket(socket.AF_UNIX)
-listener.bind(name)
-listener.listen(int(backlog))
-heir = os.fork() if "heir" in sys.argv else 0
-print(heir, flush=True)
-signal.pause()
-"""
 
 
 @pytest.fixture
 def opened(folder: Path) -> Iterator[Folder]:
     with Folder(folder) as opened:
         yield opened
-
-
-@contextlib.contextmanager
-def listener(
-    folder: Path, name: str = NAME, *, backlog: int = 16, heir: bool = False
-) -> Iterator[tuple[int, int]]:
-    """A process that listens; its pid, and that of a child which has the descriptor too."""
-    more = ["heir"] if heir else []
-    command = [sys.executable, "-I", "-S", "-c", LISTEN, str(folder), name, str(backlog), *more]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        child = int(process.stdout.readline())
-        try:
-            yield process.pid, child
-        finally:
-            process.kill()
-            if child:
-                os.kill(child, signal.SIGKILL)
 
 
 def descriptors() -> set[str]:
@@ -245,7 +215,7 @@ def test_names_are_those_that_are_text(opened: Folder) -> None:
 
 
 def test_ask_a_listener(opened: Folder) -> None:
-    with listener(opened.path) as (pid, _):
+    with listening(opened.path, NAME) as (pid,):
         before = descriptors()
         assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
         assert descriptors() == before
@@ -261,7 +231,7 @@ def test_ask_where_nothing_is(opened: Folder) -> None:
 
 
 def test_ask_a_listener_whose_backlog_is_full(opened: Folder) -> None:
-    with listener(opened.path, backlog=0) as (pid, _), contextlib.ExitStack() as clients:
+    with listening(opened.path, NAME, backlog=0) as (pid,), contextlib.ExitStack() as clients:
         os.kill(pid, signal.SIGSTOP)
         answers: list[Answer] = []
         while len(answers) < 5 and Answer.BUSY not in answers:
@@ -275,7 +245,7 @@ def test_ask_a_listener_whose_backlog_is_full(opened: Folder) -> None:
 
 
 def test_a_link_to_a_listener_is_not_followed(opened: Folder) -> None:
-    with listener(opened.path, "real"):
+    with listening(opened.path, "real"):
         (opened.path / NAME).symlink_to("real")
         assert opened.ask(NAME) == Peer(Answer.CANNOT_TELL)
 
@@ -298,19 +268,19 @@ def test_ask_beyond_the_length_of_an_address(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100) / ("e" * 100)
     deep.mkdir(parents=True)
     name = "n" * 99
-    with listener(deep, name) as (pid, _), Folder(deep) as opened:
+    with listening(deep, name) as (pid,), Folder(deep) as opened:
         assert opened.ask(name) == Peer(Answer.ACCEPTED, pid, alive=True)
 
 
 def test_ask_after_the_folder_was_moved(opened: Folder, tmp_path: Path) -> None:
-    with listener(opened.path) as (pid, _):
+    with listening(opened.path, NAME) as (pid,):
         opened.path.rename(tmp_path / "moved")
         assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
 
 
 def test_a_listener_that_is_dead_though_its_descriptor_lives_on(opened: Folder) -> None:
     """Its heir answers, and the kernel names the one that has called listen."""
-    with listener(opened.path, heir=True) as (pid, _):
+    with listening(opened.path, NAME, heir=True) as (pid, _):
         assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
         os.kill(pid, signal.SIGKILL)
         until(lambda: not opened.ask(NAME).alive, "the listener is dead")
@@ -325,14 +295,14 @@ def test_a_kernel_that_does_not_know_the_question_is_believed(
     opened: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_module, "_SO_PEERPIDFD", 9999)
-    with listener(opened.path) as (pid, _):
+    with listening(opened.path, NAME) as (pid,):
         assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
 
 
 def test_elsewhere_than_on_linux_the_listener_has_no_name(
     opened: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with listener(opened.path):
+    with listening(opened.path, NAME):
         monkeypatch.setattr(sys, "platform", "darwin")
         assert opened.ask(NAME) == Peer(Answer.ACCEPTED)
 

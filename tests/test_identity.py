@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NODE_KEEPER, bare_socket, dead_pid, identity, root, until
-from stand_ins import NOBODY, keeper_without_agent, kill, listening, running, spawn
+from stand_ins import NOBODY, ending, keeper_without_agent, kill, listening, running, spawn
 
 from reconciler.folder import Folder
 from reconciler.identity import NOBODY as NO_KEEPER
@@ -83,6 +83,7 @@ def test_a_keeper_of_another_make_whose_logs_were_deleted(
         log.unlink()
     assert who.identify(SID, pid).state is KeeperState.UNVERIFIABLE
     assert who.proves_keeper(SID, identity(pid))
+    kill(pid)  # the fixture finds it by its logs
 
 
 def test_a_keeper_of_another_session(manager: KeeperManager, who: Identity) -> None:
@@ -159,8 +160,8 @@ def test_a_process_of_another_user(
 ) -> None:
     """Even if it runs what a keeper runs, and holds the folder open."""
     command = ["sh", "-c", "echo; sleep 600; :", *arguments]
-    with subprocess.Popen(
-        command, user=NOBODY, pass_fds=(opened.fd,), stdout=subprocess.PIPE
+    with ending(
+        subprocess.Popen(command, user=NOBODY, pass_fds=(opened.fd,), stdout=subprocess.PIPE)
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -295,13 +296,14 @@ def test_a_listener_of_another_user_is_not_named(who: Identity, folder: Path) ->
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(folder / SOCKET))
         code = f"require('net').createServer().listen({{fd: {bound.fileno()}}})"
-        with subprocess.Popen(["node", "-e", code], user=NOBODY, pass_fds=[bound.fileno()]) as node:
+        with ending(
+            subprocess.Popen(["node", "-e", code], user=NOBODY, pass_fds=[bound.fileno()])
+        ) as node:
             until(lambda: who.connect(SID).listening is Listening.ANSWERED)
             asked = who.connect(SID)
             assert asked == Asked(Listening.ANSWERED, identity(node.pid), named=False)
             assert who.listening_keeper(SID, asked) is None
             assert not who.proves_keeper(SID, identity(node.pid))
-            node.kill()
 
 
 # By a walk over all processes.

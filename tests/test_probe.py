@@ -17,6 +17,7 @@ from stand_ins import (
     NOBODY,
     WAITS,
     agent_of,
+    ending,
     keeper_without_agent,
     kill,
     listening,
@@ -275,11 +276,10 @@ def test_an_unknown_program_with_the_id_among_its_arguments(folder: Path, probe:
 @pytest.mark.root
 def test_a_process_of_another_user(folder: Path, probe: Probe) -> None:
     stale_pair(folder, SID)
-    with subprocess.Popen(["sleep", "600"], user=NOBODY) as process:
+    with ending(subprocess.Popen(["sleep", "600"], user=NOBODY)) as process:
         until(lambda: SYSTEM.arguments(process.pid) == ("sleep", "600"))
         (folder / PID_FILE).write_text(str(process.pid))
         left_alone(probe.look(SID), folder)
-        process.kill()
 
 
 def test_a_keeper_that_cannot_be_told_beside_another_that_listens(
@@ -302,21 +302,18 @@ def test_a_keeper_in_another_pid_namespace(folder: Path, probe: Probe) -> None:
     }
     inside = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     command = [*inside, sys.executable, "-I", "-S", str(KEEPER_PROGRAM), SID]
-    with subprocess.Popen(command, env=env) as unshare:
-        try:
-            until((folder / AGENT_FILE).exists)
-            assert (folder / PID_FILE).read_text() == "1"
-            (keeper,) = SYSTEM.children(unshare.pid) or ()
-            scanned = probe.scan()[SID]
-            assert keeper in scanned
-            seen = probe.look(SID, scanned=scanned)
-            assert (seen.listening, seen.listener) == (Listening.ANSWERED, identity(keeper))
-            left_alone(seen, folder)
-            (folder / PID_FILE).write_text(str(keeper))  # even named by a pid of ours
-            left_alone(probe.look(SID), folder)
-            assert alive(keeper)
-        finally:
-            unshare.kill()
+    with ending(subprocess.Popen(command, env=env)) as unshare:
+        until((folder / AGENT_FILE).exists)
+        assert (folder / PID_FILE).read_text() == "1"
+        (keeper,) = SYSTEM.children(unshare.pid) or ()
+        scanned = probe.scan()[SID]
+        assert keeper in scanned
+        seen = probe.look(SID, scanned=scanned)
+        assert (seen.listening, seen.listener) == (Listening.ANSWERED, identity(keeper))
+        left_alone(seen, folder)
+        (folder / PID_FILE).write_text(str(keeper))  # even named by a pid of ours
+        left_alone(probe.look(SID), folder)
+        assert alive(keeper)
 
 
 LOOK = """

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import alive, as_nobody, dead_pid, identity, root, until
+from stand_ins import ending
 
 from reconciler import processes
 from reconciler.processes import (
@@ -37,16 +38,19 @@ WAITS = "import signal; print(flush=True); signal.pause()"
 
 
 @contextlib.contextmanager
-def running(code: str = WAITS, *, group: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """A process that has said a line, killed at the end."""
-    command = [*PYTHON, code]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=group
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def running(
+    code: str = WAITS, *arguments: str, env: dict[str, str] | None = None, group: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """A process whose first line can be read, killed at the end."""
+    process = subprocess.Popen(
+        [*PYTHON, code, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=group,
+    )
+    with ending(process):
+        yield process
 
 
 def line(process: subprocess.Popen[str]) -> str:
@@ -218,36 +222,32 @@ def test_who_dies_with_its_parent_is_dying_or_dead_when_that_is_dead() -> None:
 def test_a_name_may_hold_anything(system: Processes, tmp_path: Path) -> None:
     program = tmp_path / "x) Z 1 (\n"
     program.symlink_to("/bin/sleep")
-    with subprocess.Popen([program, "600"]) as process:
+    with ending(subprocess.Popen([program, "600"])) as process:
         until(lambda: SYSTEM.arguments(process.pid))
         facts = system.facts(process.pid)
         assert facts.life is Life.ALIVE
         assert facts.parent == os.getpid()
-        process.kill()
 
 
 @BOTH
 def test_arguments(system: Processes) -> None:
     odd = ["a b", "", "é", os.fsdecode(b"\xff"), "x" * 5000]
-    with subprocess.Popen(["sleep", "600", "0", "0"]) as process:
+    with ending(subprocess.Popen(["sleep", "600", "0", "0"])) as process:
         until(lambda: SYSTEM.arguments(process.pid) == ("sleep", "600", "0", "0"))
         assert system.arguments(process.pid) == ("sleep", "600", "0", "0")
-        process.kill()
-    with subprocess.Popen([*PYTHON, WAITS, *odd], stdout=subprocess.PIPE, text=True) as process:
+    with running(WAITS, *odd) as process:
         line(process)
         assert system.arguments(process.pid) == (*PYTHON, WAITS, *odd)
-        process.kill()
 
 
 @BOTH
 def test_a_variable_of_the_environment(system: Processes) -> None:
     env = {"LONGER_NAME": "no", "NAME": "a=b é", "EMPTY": ""}
-    with subprocess.Popen([*PYTHON, WAITS], env=env, stdout=subprocess.PIPE, text=True) as process:
+    with running(env=env) as process:
         line(process)
         assert system.variable(process.pid, "NAME") == "a=b é"
         assert system.variable(process.pid, "LONGER") == ""
         assert system.variable(process.pid, "EMPTY") == ""
-        process.kill()
 
 
 @BOTH

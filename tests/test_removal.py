@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 from conftest import alive, bare_socket, dead_pid, stale_pair, until
-from stand_ins import agent_of, kill, listening, running, spawn
+from stand_ins import agent_of, ending, kill, listening, running, spawn
 
 from reconciler.folder import Answer, Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM, Role, claims, file_name
 from reconciler.probe import Probe
+from reconciler.processes import SYSTEM
 from reconciler.removal import Fate, Removal, is_taken, recover, remove, remove_logs
 from reconciler.state import Desired, FileId, Policy, Remove, decide
 
@@ -653,8 +654,8 @@ def race(opened: Folder, rounds: int, seed: int) -> dict[Fate, int]:
     dead, met = str(dead_pid()), dict.fromkeys(Fate, 0)
     dice = random.Random(seed)
     command = [sys.executable, "-I", "-S", "-c", BORN, str(opened.path), SID, str(seed)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    with ending(
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     ) as born:
         assert born.stdin is not None
         assert born.stdout is not None
@@ -713,12 +714,6 @@ def test_a_keeper_of_ours_comes_while_its_forerunners_files_go(opened: Folder, l
     """Without its log there is no lock to meet at, and it must go well all the same."""
     rounds = 3000 if CAMPAIGN else 50
     dice = random.Random(log)
-    env = {
-        **os.environ,
-        "PI_KEEPER_SESSIONS_DIR": str(opened.path),
-        "PI_KEEPER_PI_CMD": '["sleep"]',
-        "PI_KEEPER_PI_ARGS": '["600"]',
-    }
     (opened.path / LOG).touch()
     stale_pair(opened.path, SID)
     (opened.path / AGENT_FILE).write_text(str(dead_pid()))
@@ -727,20 +722,42 @@ def test_a_keeper_of_ours_comes_while_its_forerunners_files_go(opened: Folder, l
         assert len(entries) == 3
         if log == "deleted":
             (opened.path / LOG).unlink()
-        with subprocess.Popen([sys.executable, "-I", "-S", KEEPER_PROGRAM, SID], env=env) as keeper:
+        with new_keeper(opened.path) as keeper:
             begin = time.perf_counter() + dice.random() * 0.05
             while time.perf_counter() < begin and opened.pid_entry(PID_FILE, 0).pid != keeper.pid:
                 pass
             end = time.perf_counter() + 0.01
             while time.perf_counter() < end:
                 remove(opened, SID, entries)
-            until(lambda: (opened.path / AGENT_FILE).exists() and keeper.poll() is None)
+            until_it_is_up(opened, keeper.pid)
             remove(opened, SID, entries)
             peer = opened.ask(SOCKET)
             assert (peer.answer, peer.pid) == (Answer.ACCEPTED, keeper.pid), number
-            assert opened.pid_entry(PID_FILE, 0.0).pid == keeper.pid, number
+            assert opened.pid_entry(PID_FILE, 0).pid == keeper.pid, number
             assert not any(map(is_taken, opened.names())), number
-            last = number == rounds - 1
-            keeper.send_signal(signal.SIGTERM if last else signal.SIGKILL)
-            until(lambda: alive(keeper.pid) is False)
+            keeper.send_signal(signal.SIGTERM if number == rounds - 1 else signal.SIGKILL)
+            keeper.wait()
     assert claimed(opened.path) == {}
+
+
+@contextlib.contextmanager
+def new_keeper(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    env = {
+        **os.environ,
+        "PI_KEEPER_SESSIONS_DIR": str(folder),
+        "PI_KEEPER_PI_CMD": '["sleep"]',
+        "PI_KEEPER_PI_ARGS": '["600"]',
+    }
+    with ending(
+        subprocess.Popen([sys.executable, "-I", "-S", KEEPER_PROGRAM, SID], env=env)
+    ) as keeper:
+        yield keeper
+
+
+def until_it_is_up(opened: Folder, keeper: int) -> None:
+    """The agent pid file is what a keeper writes last."""
+
+    def up() -> bool:
+        return opened.pid_entry(AGENT_FILE, 0).pid in (SYSTEM.children(keeper) or ())
+
+    until(up, f"keeper {keeper} is up, and its agent pid file says so")
