@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from reconciler.controller import Reconciler
     from reconciler.keeper import KeeperManager
     from reconciler.metrics import Metrics
-    from reconciler.rpc_writer import BlockingRpcWriter, ManyDelivery
+    from reconciler.rpc_writer import BlockingRpcWriter, Delivery, ManyDelivery
     from reconciler.settings import Settings
     from reconciler.state import SessionTable
 
@@ -391,9 +391,16 @@ def _variables(pairs: Iterable[str]) -> dict[str, str]:
     metavar="SECONDS",
     help="When to give up.  [default: as the settings say, about 1.3 s without progress]",
 )
+@click.option(
+    "--key",
+    metavar="KEY",
+    help="A name for LINE: with the same key again it is not forwarded twice.",
+)
 @json_option
 @pass_common
-def write(given: Common, sid: str, line: str, timeout: float | None, *, as_json: bool) -> None:
+def write(
+    given: Common, sid: str, line: str, timeout: float | None, key: str | None, *, as_json: bool
+) -> None:
     """Write LINE to a session; with - the lines of standard input, in order.
 
     Ends with 0 when all is in the agent's input, with 75 when nothing was handed over (it
@@ -403,18 +410,22 @@ def write(given: Common, sid: str, line: str, timeout: float | None, *, as_json:
     \b
     One command:                      pi-reconciler write demo '{"type":"get_state","id":"1"}'
     A file of them:                   pi-reconciler write demo - < commands.jsonl
+    Safe to run again after a 76:     pi-reconciler write demo --key job-7 '{"type":"…"}'
     """  # noqa: D301 - click wants the real character
     from reconciler.layout import Role, check_sid, file_name
     from reconciler.rpc_writer import BlockingRpcWriter, InvalidMessageError, WritePolicy
 
     check_sid(sid)
+    if line == "-" and key is not None:
+        raise click.UsageError("--key is for one LINE, not for standard input")
     folder = given.folder()
     writer = BlockingRpcWriter(folder, policy=given.settings.write or WritePolicy())
+    delivery: Delivery
     try:
         if line == "-":
             delivery = _write_stdin(writer, sid, timeout)
         else:
-            delivery = writer.write_many(sid, (line,), timeout=timeout)
+            delivery = writer.write(sid, line, timeout=timeout, key=key)
     except InvalidMessageError as error:
         raise click.UsageError(str(error)) from error
     if as_json:
@@ -472,14 +483,24 @@ def _progress(lines: Iterator[bytes]) -> Iterator[bytes]:
         yield from bar
 
 
-def _delivery(delivery: ManyDelivery) -> dict[str, object]:
+def _counts(delivery: Delivery) -> tuple[int, int, int]:
+    """How many messages there were, how many surely arrived, and how many surely did not."""
+    from reconciler.rpc_writer import ManyDelivery, Outcome
+
+    if isinstance(delivery, ManyDelivery):
+        return delivery.total, delivery.confirmed, delivery.unsent
+    return 1, int(delivery.delivered), int(delivery.outcome is Outcome.NOT_DELIVERED)
+
+
+def _delivery(delivery: Delivery) -> dict[str, object]:
+    total, confirmed, unsent = _counts(delivery)
     return {
         "sid": delivery.sid,
         "outcome": delivery.outcome.value,
         "reason": delivery.reason.value,
-        "total": delivery.total,
-        "confirmed": delivery.confirmed,
-        "unsent": delivery.unsent,
+        "total": total,
+        "confirmed": confirmed,
+        "unsent": unsent,
         "size": delivery.size,
         "elapsed_ms": round(delivery.elapsed * 1000, 3),
         "attempts": [
@@ -494,14 +515,15 @@ def _delivery(delivery: ManyDelivery) -> dict[str, object]:
     }
 
 
-def _explain(delivery: ManyDelivery) -> NoReturn:
+def _explain(delivery: Delivery) -> NoReturn:
     from reconciler.rpc_writer import Outcome
 
     attempts = f"{len(delivery.attempts)} attempt{'s' if len(delivery.attempts) != 1 else ''}"
     why = f"{delivery.reason.value} ({attempts})"
     if delivery.outcome is Outcome.NOT_DELIVERED:
         fail(f"session {delivery.sid}: not delivered, {why}; safe to try again", TRY_AGAIN)
-    sure = f"of {delivery.total} lines {delivery.confirmed} surely delivered, {delivery.unsent} not"
+    total, confirmed, unsent = _counts(delivery)
+    sure = f"of {total} lines {confirmed} surely delivered, {unsent} not"
     fail(f"session {delivery.sid}: delivery not known, {why}; {sure}", NOT_KNOWN)
 
 

@@ -17,14 +17,15 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from reconciler import layout, rpc_writer
+from reconciler import exchanges, layout
 
 _READ = 65536
+_KEY_MARK: Final = b"\x01"
 _PATIENCE = 10.0  # seconds for things that take some milliseconds
 
 
@@ -57,20 +58,29 @@ class FakeKeeper:
         sid: the session.
         behaviour: what it does with connections.
         after: bytes it reads of each, where the behaviour says so.
+        keys: show and understand keys: of the lines with a key the first one counts, and
+            the others are taken and forgotten.
 
     Attributes:
         pid: of the process that listens; this process, except for `Behaviour.DIE`.
     """
 
     def __init__(
-        self, folder: Path, sid: str, behaviour: Behaviour = Behaviour.RECEIPT, *, after: int = 0
+        self,
+        folder: Path,
+        sid: str,
+        behaviour: Behaviour = Behaviour.RECEIPT,
+        *,
+        after: int = 0,
+        keys: bool = False,
     ) -> None:
         self.folder = folder
         self.sid = layout.check_sid(sid)
         self.behaviour = behaviour
         self.after = after
+        self.keys = keys
         self.pid = 0
-        self._lines = _Lines()
+        self._lines = _Lines(keys=keys)
         self._stack = contextlib.ExitStack()
 
     @property
@@ -85,7 +95,7 @@ class FakeKeeper:
 
     @property
     def received(self) -> tuple[bytes, ...]:
-        """The lines it got, without their LF, in the order in which they were complete."""
+        """The lines it got, without LF and key, in the order in which they were complete."""
         return self._lines.complete()
 
     def wait_received(self, count: int, timeout: float = _PATIENCE) -> tuple[bytes, ...]:
@@ -125,7 +135,8 @@ class FakeKeeper:
 
     def _listen(self, stack: contextlib.ExitStack) -> None:
         backlog = 0 if self.behaviour is Behaviour.NO_ACCEPT else 128
-        listener = stack.enter_context(_bound(self.folder, self.sid, backlog))
+        bind = _bind_and_show_keys if self.keys else _bind
+        listener = stack.enter_context(_listening(bind, self.folder, self.sid, backlog))
         match self.behaviour:
             case Behaviour.REFUSE:
                 listener.close()
@@ -142,25 +153,35 @@ class FakeKeeper:
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
     """Remove the waiting between the attempts of every writer; their number stays."""
-    before = rpc_writer._Switches.backoff  # noqa: SLF001 - the switch is there for this
-    rpc_writer._Switches.backoff = False  # noqa: SLF001 - the same
+    before = exchanges.Switches.backoff
+    exchanges.Switches.backoff = False
     try:
         yield
     finally:
-        rpc_writer._Switches.backoff = before  # noqa: SLF001 - the same
+        exchanges.Switches.backoff = before
 
 
 class _Lines:
     """The complete lines that came in."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keys: bool) -> None:
         self._changed = threading.Condition()
         self._complete: list[bytes] = []
+        self._keys: set[bytes] | None = set() if keys else None
 
     def add(self, lines: list[bytes]) -> None:
         with self._changed:
-            self._complete += lines
+            for line in lines:
+                self._add(line)
             self._changed.notify_all()
+
+    def _add(self, line: bytes) -> None:
+        if self._keys is not None and line.startswith(_KEY_MARK):
+            key, _, line = line[1:].partition(_KEY_MARK)
+            if key in self._keys:
+                return
+            self._keys.add(key)
+        self._complete.append(line)
 
     def complete(self) -> tuple[bytes, ...]:
         with self._changed:
@@ -183,16 +204,39 @@ def _address(folder: Path, sid: str) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _bound(folder: Path, sid: str, backlog: int) -> socket.socket:
+def _listening(
+    bind: Callable[[socket.socket, Path, str], None], folder: Path, sid: str, backlog: int
+) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _address(folder, sid) as address:
-            listener.bind(address)
+        bind(listener, folder, sid)
         listener.listen(backlog)
     except BaseException:
         listener.close()
         raise
     return listener
+
+
+def _bind(listener: socket.socket, folder: Path, sid: str) -> None:
+    with _address(folder, sid) as address:
+        listener.bind(address)
+
+
+def _bind_and_show_keys(listener: socket.socket, folder: Path, sid: str) -> None:
+    """Bind by the name that shows keys, from within the folder: in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", _BIND, str(listener.fileno()), _shown(sid)],
+        cwd=folder,
+        pass_fds=[listener.fileno()],
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode:
+        raise OSError(done.returncode, os.strerror(done.returncode))
+
+
+def _shown(sid: str) -> str:
+    return ".//" + layout.file_name(layout.Role.SOCKET, sid)
 
 
 def _fill_backlog(stack: contextlib.ExitStack, folder: Path, sid: str) -> None:
@@ -274,7 +318,7 @@ class _Loop:
         except ConnectionError:
             data = b""
         *lines, connection.rest = (connection.rest + data).split(b"\n")
-        if not data and connection.rest:
+        if not data and connection.rest and not connection.rest.startswith(_KEY_MARK):
             lines.append(connection.rest)
         self._lines.add(lines)
         connection.left -= len(data)
@@ -289,6 +333,14 @@ class _Loop:
         connection.sock.close()
 
 
+_BIND: Final = """
+import socket, sys
+try:
+    socket.socket(fileno=int(sys.argv[1])).bind(sys.argv[2])
+except OSError as error:
+    sys.exit(error.errno)
+"""
+
 _READY: Final = b"ready\n"
 _CHILD: Final = "import sys; from reconciler.testing import _serve_and_die as go; go(sys.argv[1:])"
 
@@ -296,7 +348,7 @@ _CHILD: Final = "import sys; from reconciler.testing import _serve_and_die as go
 @contextlib.contextmanager
 def _process(keeper: FakeKeeper, lines: _Lines) -> Iterator[int]:
     """A process that listens, tells what it reads, and dies as told. Yields its pid."""
-    arguments = [os.fspath(keeper.folder), keeper.sid, str(keeper.after)]
+    arguments = [os.fspath(keeper.folder), keeper.sid, str(keeper.after), str(int(keeper.keys))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with subprocess.Popen(
         [sys.executable, "-c", _CHILD, *arguments],
@@ -327,8 +379,9 @@ def _relay(descriptor: int, lines: _Lines) -> None:
 
 def _serve_and_die(arguments: list[str]) -> None:
     """Run as the fake keeper's own process."""
-    folder, sid, after = arguments
-    listener = _bound(Path(folder), sid, 128)
+    folder, sid, after, keys = arguments
+    bind = _bind_and_show_keys if int(keys) else _bind
+    listener = _listening(bind, Path(folder), sid, 128)
     os.write(1, _READY)
     while True:
         client, _ = listener.accept()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from conftest import NODE_KEEPER, SINK, alive, until
 
@@ -22,7 +23,19 @@ from reconciler.processes import SYSTEM
 NOBODY = 65534
 """A user that is not us, when we are root."""
 
+T = TypeVar("T", str, bytes)
+
 WAITS = "print(os.getpid(), flush=True); signal.pause()"
+
+
+@contextlib.contextmanager
+def ending(process: subprocess.Popen[T]) -> Iterator[subprocess.Popen[T]]:
+    """A process that is killed at the end, however that comes."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @contextlib.contextmanager
@@ -30,25 +43,24 @@ def running(
     code: str = WAITS,
     *arguments: str,
     env: Mapping[str, str] | None = None,
-    user: int | None = None,
     held: tuple[int, ...] = (),
 ) -> Iterator[list[int]]:
     """A Python program; gives the pids that it says in its first line, the first its own."""
     command = [sys.executable, "-I", "-S", "-c", f"import os, signal, socket, sys; {code}"]
-    with subprocess.Popen(
-        [*command, *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env,
-        user=user,
-        pass_fds=held,
+    with ending(
+        subprocess.Popen(
+            [*command, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            pass_fds=held,
+        )
     ) as process:
         assert process.stdout is not None
         said = [int(word) for word in process.stdout.readline().split()]
         try:
             yield said or [process.pid]
         finally:
-            process.kill()
             for pid in said[1:]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -61,14 +73,14 @@ def listening(
     *arguments: str,
     backlog: int = 16,
     heir: bool = False,
-    user: int | None = None,
 ) -> Iterator[list[int]]:
     """A program that listens and never accepts; with an heir, a child has its socket too."""
     descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     code = [
         "listener = socket.socket(socket.AF_UNIX)",
-        f"listener.bind('/proc/self/fd/{descriptor}/{name}')",
+        f"os.fchdir({descriptor})",
         f"os.close({descriptor})",
+        f"listener.bind({name!r})",
         f"listener.listen({backlog})",
         "parent = os.getpid()",
         "pids = [parent, *([os.fork()] if HEIR else [])]".replace("HEIR", str(heir)),
@@ -76,7 +88,7 @@ def listening(
         "signal.pause()",
     ]
     try:
-        with running("\n".join(code), *arguments, user=user, held=(descriptor,)) as pids:
+        with running("\n".join(code), *arguments, held=(descriptor,)) as pids:
             yield pids
     finally:
         os.close(descriptor)
@@ -99,6 +111,7 @@ def spawn(manager: KeeperManager, sid: str) -> SpawnedKeeper:
     """A real session; its agent lives, and its pid file is there."""
     spawned = asyncio.run(manager.spawn(sid, agent_command=SINK, ready=False))
     until((manager.sessions_dir / f"{sid}.rpc.sock.pi-pid").exists, "the agent pid file")
+    agent_of(manager, sid)
     return spawned
 
 

@@ -358,10 +358,38 @@ def test_write_dash_stops_at_a_line_that_is_none_and_says_what_was_delivered(
         (("demo", LINE, "--timeout", "-1"), "'--timeout': -1 is not above 0"),
         (("demo", LINE, "--timeout", "nan"), "'--timeout': nan is not above 0"),
         (("demo",), "Missing argument 'LINE'"),
+        (("demo", LINE, "--key", "k" * 129), "the key is not 1 to 128 printable ASCII"),
+        (("demo", LINE, "--key", " "), "the key is not 1 to 128 printable ASCII"),
+        (("demo", "-", "--key", "k"), "--key is for one LINE, not for standard input"),
     ],
 )
 def test_write_refuses_what_is_no_line(cli: Cli, arguments: tuple[str, ...], words: str) -> None:
     assert words in cli.fails(2, "write", *arguments)
+
+
+def test_write_with_a_key_again_is_delivered_and_arrives_once(cli: Cli, tmp_path: Path) -> None:
+    pid = cli.spawn("demo", *recorder(tmp_path / "got"))
+    os.kill(pid, signal.SIGSTOP)
+    assert "delivery not known" in cli.fails(76, "write", "demo", LINE, "--key", "job 7")
+    os.kill(pid, signal.SIGCONT)
+    for _ in range(2):
+        assert cli("write", "demo", LINE, "--key", "job 7") == Ended(0, "", "")
+    assert cli("write", "demo", "{}") == Ended(0, "", "")
+    until(lambda: (tmp_path / "got").read_text() == f"{LINE}\n{{}}\n")
+
+
+def test_write_with_a_key_to_a_keeper_without_keys_is_75(cli: Cli) -> None:
+    with FakeKeeper(cli.folder, "demo") as keeper:
+        ended = cli("write", "demo", LINE, "--key", "k", "--json")
+        told = cli.fails(75, "write", "demo", LINE, "--key", "k")
+    assert (ended.code, ended.json["outcome"], ended.json["reason"]) == (
+        75,
+        "not_delivered",
+        "no_keys",
+    )
+    assert (ended.json["total"], ended.json["confirmed"], ended.json["unsent"]) == (1, 0, 1)
+    assert "not delivered, no_keys (1 attempt)" in told
+    assert keeper.received == ()
 
 
 def test_write_to_no_session_is_3(cli: Cli) -> None:

@@ -176,12 +176,15 @@ COMMAND = (
 )
 
 
+WRITER = ("rpc_writer", "exchanges", "lanes", "link", "waiting", "messages", "deliveries")
+
+
 def test_write_imports_the_writer_and_little_else(demo: Path) -> None:
     line = '{"type":"get_state","id":"1"}'
     modules = modules_after(COMMAND, "write", "demo", line, "--sessions-dir", str(demo))
     assert packages(modules) & HEAVY == {"click", "tenacity"}
     assert {m for m in modules if m.startswith("reconciler.")} == {
-        f"reconciler.{room}" for room in ("cli", "errors", "layout", "rpc_writer", "settings")
+        f"reconciler.{room}" for room in ("cli", "errors", "layout", "settings", *WRITER)
     }
     click = modules_after("import click; click.echo()")
     assert len(modules - click) < 60, sorted(modules - click)

@@ -5,36 +5,47 @@ import collections
 import contextlib
 import itertools
 import json
-import math
 import os
 import pickle
 import resource
-import select
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import pytest
+from delivery_scene import (
+    FACES,
+    HASTY,
+    KINDS,
+    PATIENT,
+    RECEIPT,
+    SENDING,
+    SID,
+    SLOWEST,
+    Async,
+    Face,
+    Keeper,
+    Scene,
+    moment,
+    named_as_ours,
+    open_descriptors,
+    until,
+)
+from delivery_scene import face as face  # noqa: PLC0414 - fixtures
+from delivery_scene import scene as scene  # noqa: PLC0414
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reconciler import layout, rpc_writer
+from reconciler import layout, link
+from reconciler.lanes import Lanes
 from reconciler.rpc_writer import (
-    MAX_LINE,
     BlockingRpcWriter,
     Delivery,
     InvalidMessageError,
-    ManyDelivery,
     Message,
     Outcome,
     Reason,
@@ -44,268 +55,7 @@ from reconciler.rpc_writer import (
     encode,
 )
 from reconciler.testing import Behaviour, FakeKeeper, no_waiting
-
-KEEPERS = Path(__file__).with_name("keepers")
-SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
-BOUND = 20.0
-PATIENT = WritePolicy(progress_timeout=10.0)
-SLOWEST = WritePolicy(progress_timeout=1.0)
-HASTY = WritePolicy(progress_timeout=0.08, backoff=(0.01,))
-KINDS = ("ours", "node")
-T = TypeVar("T")
-
-
-def until(done: Callable[[], T | None], what: str = "the moment") -> T:
-    """Wait for a named moment, with a bound."""
-    give_up = time.monotonic() + BOUND
-    while not (found := done()):
-        assert time.monotonic() < give_up, f"{what} did not come"
-        time.sleep(0.001)
-    return found
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-# -- Keepers that are real --------------------------------------------------------------
-
-
-class Child:
-    """A process that can be stopped, and is known to be dead when it is."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._descriptor = os.pidfd_open(pid)
-
-    def signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._descriptor, number)
-
-    def stop(self) -> None:
-        """Stop it, unless it is dead."""
-        self.signal(signal.SIGSTOP)
-        until(lambda: self._state() in "TZX", "the stop")
-
-    def _state(self) -> str:
-        try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return "X"
-
-    def go_on(self) -> None:
-        self.signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.wait()
-
-    def wait(self) -> None:
-        poll = select.poll()
-        poll.register(self._descriptor, select.POLLIN)
-        assert poll.poll(BOUND * 1000), "it did not end"
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-class Keeper:
-    """A keeper process with an agent that writes down what it reads."""
-
-    def __init__(self, folder: Path, sid: str, kind: str, *agent_options: str) -> None:
-        self.folder = folder
-        self.sid = sid
-        self.kind = kind
-        self.record = folder / f"{sid}.{next(_COUNT)}.record"
-        agent = [sys.executable, "-I", "-S", str(KEEPERS / "agent.py"), str(self.record)]
-        program = {
-            "ours": [sys.executable, "-I", "-S", str(layout.KEEPER_PROGRAM)],
-            "node": ["node", str(KEEPERS / "keeper.cjs")],
-        }[kind]
-        self.popen: subprocess.Popen[bytes] = subprocess.Popen(
-            [*program, sid],
-            env={
-                **os.environ,
-                "PI_DASHBOARD_HOME": str(folder.parents[2]),
-                "PI_KEEPER_SESSIONS_DIR": str(folder),
-                "PI_KEEPER_PI_CMD": json.dumps([*agent, *agent_options]),
-                "PI_KEEPER_PI_ARGS": "[]",
-            },
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.process: Child = Child(self.popen.pid)
-        until(lambda: self.record.exists() or self.popen.poll() is not None, "the agent's start")
-        assert self.popen.poll() is None, "the keeper has ended"
-        name = layout.file_name(layout.Role.AGENT_PID_FILE, sid)
-        until(lambda: (folder / name).exists() and (folder / name).read_text(), "the agent's pid")
-        self.agent = Child(int((folder / name).read_text()))
-
-    def lines(self) -> list[bytes]:
-        """The whole lines that the agent has read by now."""
-        ended = self.record.with_name(self.record.name + ".ended")
-        text = (ended if ended.exists() else self.record).read_bytes()
-        return text.split(b"\n")[:-1]
-
-    def has_only(self, line: bytes) -> bool:
-        return self.lines() == [line]
-
-    def close(self) -> None:
-        for process in (self.agent, self.process):
-            process.kill()
-            process.close()
-        self.popen.wait()
-
-
-_COUNT = itertools.count()
-
-
-@dataclass
-class Scene:
-    """A sessions folder, and what lives in it."""
-
-    folder: Path
-    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    keepers: list[Keeper] = field(default_factory=list)
-    on_wait: dict[rpc_writer._Moment, Callable[[], None]] = field(default_factory=dict)
-    every_wait: Callable[[], None] | None = None
-    waits_on: socket.socket | None = None
-    faked: bool = False
-
-    def keeper(self, kind: str, *agent_options: str, sid: str = SID) -> Keeper:
-        keeper = Keeper(self.folder, sid, kind, *agent_options)
-        self.stack.callback(keeper.close)
-        self.keepers.append(keeper)
-        return keeper
-
-    def fake(self, behaviour: Behaviour, *, after: int = 0) -> FakeKeeper:
-        self.faked = True
-        return self.stack.enter_context(FakeKeeper(self.folder, SID, behaviour, after=after))
-
-    def path(self, role: layout.Role) -> Path:
-        return self.folder / layout.file_name(role, SID)
-
-    def at(self, moment: rpc_writer._Moment, act: Callable[[], None]) -> None:
-        """Do something once, when the writer is about to wait there."""
-        self.on_wait[moment] = act
-
-    def waits(self, wait: rpc_writer._Wait) -> None:
-        if wait.moment is SENDING and wait.sock is None:  # only a turn for others
-            return
-        self.waits_on = wait.sock
-        act = self.on_wait.pop(wait.moment, None)
-        if act is not None:
-            act()
-        if self.every_wait is not None:
-            self.every_wait()
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A sessions folder with a path short enough for Node, which cuts long ones."""
-    with tempfile.TemporaryDirectory(prefix="w") as home:
-        made = Path(home, ".pi", "dashboard", "sessions")
-        made.mkdir(parents=True)
-        yield made
-
-
-async def moment(scene: Scene, which: rpc_writer._Moment) -> None:
-    """Wait until a writer of this loop waits there."""
-    reached = asyncio.Event()
-    scene.at(which, reached.set)
-    await reached.wait()
-    await asyncio.sleep(0)
-
-
-@pytest.fixture
-def scene(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    scene = Scene(folder)
-    wait_blocking, wait_async = rpc_writer._wait_blocking, rpc_writer._wait_async
-
-    def blocking(wait: rpc_writer._Wait) -> None:
-        scene.waits(wait)
-        wait_blocking(wait)
-
-    async def asynchronous(wait: rpc_writer._Wait) -> None:
-        scene.waits(wait)
-        await wait_async(wait)
-
-    monkeypatch.setattr(rpc_writer, "_wait_blocking", blocking)
-    monkeypatch.setattr(rpc_writer, "_wait_async", asynchronous)
-    with scene.stack:
-        yield scene
-
-
-# -- Both faces, called the same way ----------------------------------------------------
-
-
-class Face(Protocol):
-    """What the table needs of a writer."""
-
-    def write(
-        self, folder: Path, message: Message, policy: WritePolicy, timeout: float | None = None
-    ) -> Delivery: ...
-
-    def write_many(
-        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
-    ) -> ManyDelivery: ...
-
-    def stream(
-        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
-    ) -> ManyDelivery | None: ...
-
-
-class Blocking:
-    def write(
-        self, folder: Path, message: Message, policy: WritePolicy, timeout: float | None = None
-    ) -> Delivery:
-        return BlockingRpcWriter(folder, policy=policy).write(SID, message, timeout=timeout)
-
-    def write_many(
-        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
-    ) -> ManyDelivery:
-        return BlockingRpcWriter(folder, policy=policy).write_many(SID, messages)
-
-    def stream(
-        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
-    ) -> ManyDelivery | None:
-        with BlockingRpcWriter(folder, policy=policy).stream(SID) as stream:
-            for message in messages:
-                stream.send(message)
-        return stream.delivery
-
-
-class Async:
-    def write(
-        self, folder: Path, message: Message, policy: WritePolicy, timeout: float | None = None
-    ) -> Delivery:
-        return asyncio.run(RpcWriter(folder, policy=policy).write(SID, message, timeout=timeout))
-
-    def write_many(
-        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
-    ) -> ManyDelivery:
-        return asyncio.run(RpcWriter(folder, policy=policy).write_many(SID, messages))
-
-    def stream(
-        self, folder: Path, messages: Iterable[Message], policy: WritePolicy
-    ) -> ManyDelivery | None:
-        async def run() -> ManyDelivery | None:
-            async with RpcWriter(folder, policy=policy).stream(SID) as stream:
-                for message in messages:
-                    await stream.send(message)
-            return stream.delivery
-
-        return asyncio.run(run())
-
-
-FACES: dict[str, Face] = {"blocking": Blocking(), "async": Async()}
-
-
-@pytest.fixture(params=list(FACES.values()), ids=list(FACES))
-def face(request: pytest.FixtureRequest) -> Face:
-    found: Face = request.param
-    return found
-
+from reconciler.waiting import Moment
 
 # -- The table of outcomes --------------------------------------------------------------
 
@@ -313,7 +63,6 @@ SMALL: Message = {"type": "prompt", "message": "small"}
 BIG: Message = {"type": "prompt", "message": "b" * (1 << 20)}
 LONG: Message = {"type": "prompt", "message": "l" * (40 << 20)}
 SMALL_SIZE = len(encode(SMALL))
-SENDING, RECEIPT = rpc_writer._Moment.SENDING, rpc_writer._Moment.RECEIPT
 
 
 @dataclass(frozen=True)
@@ -371,7 +120,7 @@ def killed_after_accept(scene: Scene) -> None:
     keeper.agent.stop()
 
     def kill() -> None:
-        until(lambda: rpc_writer._Peer(keeper.process.pid, 0, ours=True).written() >= 1 << 16)
+        until(lambda: link.Peer(keeper.process.pid, 0, ours=True).written() >= 1 << 16)
         keeper.process.kill()
 
     scene.at(RECEIPT, kill)
@@ -404,6 +153,11 @@ def agent_dead(kind: str) -> Callable[[Scene], object]:
         keeper.process.wait()
 
     return arrange
+
+
+def deaf_agent(scene: Scene) -> None:
+    """It lives, and reads no more: a keeper resets every connection."""
+    scene.keeper("ours", "--deaf")
 
 
 def slow_agent(kind: str) -> Callable[[Scene], object]:
@@ -461,36 +215,6 @@ def impostor(scene: Scene) -> None:
     stranger.socket_path.rename(keeper.folder / stranger.socket_path.name)
 
 
-def named_as_ours(then: str) -> Callable[[Scene], object]:
-    """Reads one message and its end. Only its name says that the agent has got it by then."""
-
-    def arrange(scene: Scene) -> None:
-        program = scene.folder / layout.KEEPER_PROGRAM.name
-        program.write_text(
-            "import os, signal, socket, sys\n"
-            "listener = socket.socket(socket.AF_UNIX)\n"
-            "listener.bind(sys.argv[1] + '.rpc.sock')\n"
-            "listener.listen()\n"
-            "os.write(1, b'ready\\n')\n"
-            "client, _ = listener.accept()\n"
-            f"client.recv({SMALL_SIZE}, socket.MSG_WAITALL)\n"
-            "client.recv(1)\n"
-            f"{then}\n"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(program), SID],
-            cwd=scene.folder,
-            stdout=subprocess.PIPE,
-        )
-        scene.stack.enter_context(process)
-        scene.stack.callback(process.kill)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        scene.path(layout.Role.PID_FILE).write_text(str(process.pid))
-
-    return arrange
-
-
 D, N, U = Outcome.DELIVERED, Outcome.NOT_DELIVERED, Outcome.UNCONFIRMED
 TABLE = [
     Row("ours", healthy("ours"), D, Reason.RECEIPT),
@@ -513,12 +237,12 @@ TABLE = [
     ),
     Row(
         "ours, killed having read all",
-        named_as_ours("os.kill(os.getpid(), signal.SIGKILL)"),
+        named_as_ours(SMALL_SIZE, "os.kill(os.getpid(), signal.SIGKILL)"),
         *(D, Reason.RECEIPT),
     ),
     Row(
         "ours, stuck having read all",
-        named_as_ours("signal.pause()"),
+        named_as_ours(SMALL_SIZE, "signal.pause()"),
         *(D, Reason.TAKEN),
         policy=HASTY,
     ),
@@ -557,6 +281,7 @@ TABLE = [
             ),
         )
     ),
+    Row("ours, agent closed its input", deaf_agent, U, Reason.BROKEN),
     Row("ours, killed after accept", killed_after_accept, U, Reason.KEEPER_DIED, message=BIG),
     Row(
         "ours, agent stopped, no room in its pipe",
@@ -647,6 +372,23 @@ def is_cut(keeper: Keeper, line: bytes) -> bool:
     """The Node keeper makes a line of a part, which for an object is no JSON any more."""
     lines = keeper.lines()
     return keeper.kind == "node" and len(lines) == 1 and line.startswith(lines[0])
+
+
+def test_the_agent_dies_within_a_line(scene: Scene, face: Face) -> None:
+    """Its keeper resets the connection and ends: the writer sees it before or after that."""
+    keeper = scene.keeper("ours")
+    keeper.agent.stop()
+
+    def kill() -> None:
+        until(lambda: link.Peer(keeper.process.pid, 0, ours=True).written() >= 1 << 16)
+        keeper.agent.kill()
+
+    scene.at(RECEIPT, kill)
+    delivery = face.write(scene.folder, BIG, PATIENT)
+    assert delivery.outcome is U
+    assert delivery.reason in {Reason.BROKEN, Reason.KEEPER_DIED}
+    assert len(delivery.attempts) == 1
+    assert keeper.lines() == []
 
 
 @pytest.mark.root
@@ -797,7 +539,7 @@ def test_a_full_backlog_is_waited_for_within_an_attempt(scene: Scene, face: Face
             client = stopped_clients.enter_context(socket.socket(socket.AF_UNIX))
             client.setblocking(False)
             client.connect(str(scene.path(layout.Role.SOCKET)))
-    scene.at(rpc_writer._Moment.BACKLOG, keeper.process.go_on)
+    scene.at(Moment.BACKLOG, keeper.process.go_on)
     delivery = face.write(scene.folder, SMALL, PATIENT)
     assert delivery.delivered
     assert len(delivery.attempts) == 1
@@ -873,7 +615,7 @@ def test_a_broken_batch_tells_what_is_sure(scene: Scene, face: Face, kind: str, 
         assert scene.waits_on is not None
         sock = scene.waits_on
         keeper.process.go_on()
-        until(lambda: rpc_writer._queued(sock) < 2 * rpc_writer._PIECE, "reading")
+        until(lambda: link._queued(sock) < 2 * link._PIECE, "reading")
         until(lambda: len(keeper.lines()) == 2, "two lines at the agent")
         keeper.process.stop()
         scene.at(SENDING, keeper.process.kill)
@@ -1120,7 +862,7 @@ def test_threads_and_loops_share_a_lane(scene: Scene) -> None:
 
 
 def test_a_turn_of_a_loop_that_is_gone_passes_on() -> None:
-    lanes = rpc_writer._Lanes()
+    lanes = Lanes()
 
     def gone() -> None:
         raise RuntimeError("Event loop is closed")
@@ -1192,7 +934,7 @@ def test_a_send_cancelled_before_its_turn_was_never_sent(scene: Scene) -> None:
             await stream.send({"n": 1})
             with writer._desk.lanes.turn(SID):
                 task = asyncio.create_task(stream.send({"n": 2}))
-                await moment(scene, rpc_writer._Moment.TURN)
+                await moment(scene, Moment.TURN)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
@@ -1283,7 +1025,7 @@ def test_a_stream_left_while_another_task_sends(scene: Scene) -> None:
                 task = asyncio.create_task(stream.send(BIG))
                 await moment(scene, SENDING)
                 behind = asyncio.create_task(stream.send(SMALL))
-                await moment(scene, rpc_writer._Moment.TURN)
+                await moment(scene, Moment.TURN)
                 raise KeyError
         assert stream.delivery is not None
         assert (stream.delivery.outcome, stream.delivery.unsent) == (U, 0)
@@ -1294,237 +1036,6 @@ def test_a_stream_left_while_another_task_sends(scene: Scene) -> None:
         assert len(writer._desk.lanes) == 0
 
     asyncio.run(run())
-
-
-# -- Messages ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("message", "line"),
-    [
-        ({}, b"{}"),
-        ({"a": 1, "b": [True, None, 1.5]}, b'{"a":1,"b":[true,null,1.5]}'),
-        (
-            {"text": "\u2028 \n \r \0 \U0001f600"},
-            b'{"text":"\\u2028 \\n \\r \\u0000 \\ud83d\\ude00"}',
-        ),
-        (collections.ChainMap({"a": 1}), b'{"a":1}'),
-        ({"nested": (1, {"k": "v"})}, b'{"nested":[1,{"k":"v"}]}'),
-        ('{"a":1}', b'{"a":1}'),
-        ('{"a":1}\n', b'{"a":1}'),
-        ('{"a":1}\r\n', b'{"a":1}'),
-        ("\u2028é", "\u2028é".encode()),
-        (b' {"a": 1} ', b' {"a": 1} '),
-        (b"\xc3\xa9\n", b"\xc3\xa9"),
-    ],
-)
-def test_encode(message: Message, line: bytes) -> None:
-    assert encode(message) == line + b"\n"
-
-
-def circle() -> Message:
-    made: dict[str, object] = {}
-    made["self"] = made
-    return made
-
-
-def pit() -> Message:
-    made: dict[str, object] = {}
-    for _ in range(100_000):
-        made = {"deeper": made}
-    return made
-
-
-SECRET = "hunter2"  # noqa: S105 - a word to look for in errors
-
-
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda: f"{SECRET}\nx", "a line feed inside"),
-        (lambda: f"{SECRET}\n\n", "a line feed inside"),
-        (lambda: f"{SECRET}\rx", "a carriage return inside"),
-        (lambda: f"{SECRET}\r", "a carriage return inside"),
-        (f"{SECRET}\0".encode, "a NUL inside"),
-        (lambda: f"{SECRET}\ud800", "not UTF-8"),
-        (lambda: SECRET.encode() + b"\xff", "not UTF-8"),
-        (lambda: {"text": f"{SECRET}\ud800"}, "not UTF-8"),
-        (lambda: {f"{SECRET}\ud800": 1}, "not UTF-8"),
-        (lambda: "", "blank"),
-        (lambda: b"\n", "blank"),
-        (lambda: " \t", "blank"),
-        (lambda: "x" * (MAX_LINE + 1), f"at most {MAX_LINE} fit"),
-        (lambda: {SECRET: math.nan}, "NaN"),
-        (lambda: {SECRET: [math.inf]}, "an infinity"),
-        (lambda: {SECRET: {1: 2}}, "a key that is no text"),
-        (lambda: {SECRET: {(1, 2): 2}}, "a value or a key that JSON has not"),
-        (lambda: {SECRET: object()}, "a value or a key that JSON has not"),
-        (lambda: {SECRET: 10**5000}, "a number too long"),
-        (circle, "contains itself"),
-        (pit, "nests too deep"),
-        (lambda: 42, "give a mapping, or one line"),
-        (lambda: [SECRET], "give a mapping, or one line"),
-    ],
-)
-def test_refused_before_anything_is_done(
-    tmp_path: Path, make: Callable[[], Message], says: str
-) -> None:
-    message = make()
-    writer = BlockingRpcWriter(tmp_path / "not there")
-    with pytest.raises(InvalidMessageError, match=says) as caught:
-        writer.write(SID, message)
-    seen: BaseException | None = caught.value
-    while seen is not None:
-        assert SECRET not in f"{seen!r} {seen}"
-        seen = seen.__context__
-    with pytest.raises(InvalidMessageError, match=says):
-        asyncio.run(RpcWriter(tmp_path).write(SID, message))
-    assert len(writer._desk.lanes) == 0
-
-
-@pytest.mark.parametrize("messages", [[], "text", b"bytes", {"a": 1}])
-def test_a_batch_is_a_list_of_messages(tmp_path: Path, messages: list[Message]) -> None:
-    with pytest.raises(InvalidMessageError):
-        BlockingRpcWriter(tmp_path).write_many(SID, messages)
-
-
-def test_a_batch_with_one_invalid_message_sends_nothing(scene: Scene) -> None:
-    keeper = scene.fake(Behaviour.RECEIPT)
-    writer = BlockingRpcWriter(scene.folder)
-    with pytest.raises(InvalidMessageError):
-        writer.write_many(SID, [{"n": 1}, ""])
-    assert writer.write(SID, {"n": 2}).delivered
-    assert keeper.received == (b'{"n":2}',)
-
-
-@pytest.mark.parametrize("sid", ["", "../x", "a/b", "launch-x", "x" * 91, "a\n"])
-def test_a_session_id_is_checked_first(tmp_path: Path, sid: str) -> None:
-    for writer in (BlockingRpcWriter(tmp_path), RpcWriter(tmp_path)):
-        with pytest.raises(layout.InvalidSessionIdError):
-            writer.stream(sid)
-    with pytest.raises(layout.InvalidSessionIdError):
-        BlockingRpcWriter(tmp_path).write(sid, SMALL)
-
-
-@pytest.mark.parametrize("timeout", [-1, math.nan])
-def test_a_timeout_is_checked_first(scene: Scene, face: Face, timeout: float) -> None:
-    keeper = scene.fake(Behaviour.RECEIPT)
-    with pytest.raises(ValueError, match="timeout"):
-        face.write(scene.folder, SMALL, PATIENT, timeout)
-    assert keeper.received == ()
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"attempts": 0},
-        {"progress_timeout": 0.0},
-        {"progress_timeout": math.inf},
-        {"progress_timeout": math.nan},
-        {"backoff": (-1.0,)},
-        {"backoff": (math.nan,)},
-    ],
-)
-def test_a_policy_is_checked(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        WritePolicy(**wrong)  # type: ignore[arg-type]
-
-
-def test_the_seeds_numbers_are_the_defaults() -> None:
-    policy = WritePolicy()
-    assert (policy.attempts, policy.progress_timeout) == (3, 0.350)
-    assert policy.backoff == (0.050, 0.150)
-
-
-# -- What it stands on ------------------------------------------------------------------
-
-
-def test_the_blocking_face_starts_without_what_it_does_not_need() -> None:
-    code = (
-        "import sys, reconciler.rpc_writer\n"
-        "heavy = {'asyncio', 'msgspec', 'structlog', 'psutil', 'watchdog', 'click', 'rich'}\n"
-        "print(sorted(heavy & sys.modules.keys()))"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "[]"
-
-
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.one_of(st.integers(1, 8192), st.integers(-20_000, -1)), max_size=60))
-def test_the_ledger_never_says_more_than_was_read(steps: list[int]) -> None:
-    """Steps: how much is sent, or (negative) read."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        for end in (ours, theirs):
-            end.setblocking(False)
-        ledger = rpc_writer._Ledger()
-        ends: list[int] = []
-        read = 0
-        for step in steps:
-            with contextlib.suppress(BlockingIOError):
-                if step < 0:
-                    read += len(theirs.recv(-step))
-                else:
-                    sent = ours.send(b"x" * step)
-                    if step % 2:  # it was read, and nobody looked, before this was entered
-                        read += len(theirs.recv(step // 2))
-                    ledger.sent(sent, rpc_writer._queued(ours))
-                    ends.append(ledger.handed)
-            if step % 3 == 0:
-                ledger.seen(rpc_writer._queued(ours))
-            assert ledger.taken in (0, *ends)
-            assert ledger.taken <= read
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                theirs.recv(1 << 16)
-        ledger.seen(rpc_writer._queued(ours))
-        assert ledger.taken == ledger.handed
-
-
-def test_the_ledger_is_exact_when_everybody_looks() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ledger = rpc_writer._Ledger()
-        for size in (1, 100, 1000, 5000, 8192, 10):
-            ours.send(b"x" * size)
-            ledger.sent(size, rpc_writer._queued(ours))
-        read = 0
-        for size in (1, 100, 1000, 5000, 8192, 10):
-            theirs.recv(size)
-            read += size
-            assert ledger.seen(rpc_writer._queued(ours))
-            assert ledger.taken == read
-        assert not ledger.seen(0)
-
-
-def test_a_dying_process_is_seen_as_such_when_its_connection_ends() -> None:
-    code = (
-        "import os, socket, sys\n"
-        "s = socket.socket(fileno=int(sys.argv[1]))\n"
-        "s.send(b'r'); s.recv(1); os.kill(os.getpid(), 9)"
-    )
-    for _ in range(20):
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-            )
-            theirs.close()
-            assert ours.recv(1) == b"r"
-            started = rpc_writer._process(child.pid)
-            assert started is not None
-            peer = rpc_writer._Peer(child.pid, started[0], ours=False)
-            assert peer.lives()
-            ours.send(b"g")
-            assert ours.recv(1) == b""
-            assert not peer.lives()
-            child.wait()
-            assert not peer.lives()
-            assert peer.written() == 0
 
 
 # -- Whatever happens -------------------------------------------------------------------

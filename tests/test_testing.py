@@ -157,6 +157,53 @@ def test_a_client_that_breaks_off(tmp_path: Path) -> None:
                 client.recv(1)
 
 
+@pytest.mark.usefixtures("descriptors")
+@pytest.mark.parametrize("behaviour", [b for b in Behaviour if b is not Behaviour.REFUSE])
+def test_keys_can_be_shown(tmp_path: Path, behaviour: Behaviour) -> None:
+    folder = tmp_path / ("long" * 40)
+    with FakeKeeper(folder, SID, behaviour, after=200, keys=True) as keeper:
+        names = []
+        if behaviour is not Behaviour.NO_ACCEPT:
+            at = os.open(folder, os.O_PATH)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(f"/proc/self/fd/{at}/{keeper.socket_path.name}")
+                names.append(client.getpeername())
+            os.close(at)
+        assert names in ([], [f".//{SID}.rpc.sock"])
+        assert entries(folder) == {f"{SID}.rpc.sock", f"{SID}.rpc.sock.pid"}
+    assert entries(folder) == set()
+
+
+def test_a_line_with_a_known_key_is_taken_and_forgotten(tmp_path: Path) -> None:
+    with FakeKeeper(tmp_path, SID, keys=True) as keeper:
+        writer = BlockingRpcWriter(tmp_path, policy=PATIENT)
+        for key in ("a", "a", "b"):
+            assert writer.write(SID, "x", key=key).delivered
+        assert writer.write(SID, "x").delivered
+        assert keeper.received == (b"x", b"x", b"x")
+        with connect(keeper) as client:
+            client.sendall(b"\x01c\x01broken off")
+        assert writer.write(SID, "last", key="c").delivered
+        assert keeper.wait_received(4) == (b"x", b"x", b"x", b"last")
+
+
+def test_a_keeper_that_shows_keys_and_dies(tmp_path: Path) -> None:
+    line = b"\x01k\x01abc\n"
+    with FakeKeeper(tmp_path, SID, Behaviour.DIE, after=len(line) + 3, keys=True) as keeper:
+        writer = BlockingRpcWriter(tmp_path, policy=PATIENT)
+        assert writer.write(SID, "abc", key="k").reason is Reason.HANDED_ON
+        delivery = writer.write(SID, "abcdefgh", key="l")
+        assert (delivery.outcome, delivery.reason) == (Outcome.UNCONFIRMED, Reason.KEEPER_DIED)
+        assert keeper.wait_received(1) == (b"abc",)
+
+
+def test_without_keys_none_are_shown(tmp_path: Path) -> None:
+    with FakeKeeper(tmp_path, SID) as keeper:
+        delivery = BlockingRpcWriter(tmp_path).write(SID, "x", key="k")
+        assert (delivery.outcome, delivery.reason) == (Outcome.NOT_DELIVERED, Reason.NO_KEYS)
+        assert keeper.received == ()
+
+
 def test_say_pid(tmp_path: Path) -> None:
     with FakeKeeper(tmp_path, SID) as keeper:
         writer = BlockingRpcWriter(tmp_path, policy=QUICK)
@@ -171,8 +218,9 @@ def test_say_pid(tmp_path: Path) -> None:
 
 def test_a_name_that_is_taken(tmp_path: Path) -> None:
     with FakeKeeper(tmp_path, SID) as keeper:
-        with pytest.raises(OSError, match="in use"), FakeKeeper(tmp_path, SID):
-            pass
+        for keys in (False, True):
+            with pytest.raises(OSError, match="in use"), FakeKeeper(tmp_path, SID, keys=keys):
+                pass
         assert keeper.socket_path.exists()
 
 

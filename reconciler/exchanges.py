@@ -1,0 +1,388 @@
+"""One write, one batch, or one stream: its attempts, and the account of what is sure."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tenacity import (
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_any,
+    stop_before_delay,
+    wait_chain,
+    wait_fixed,
+    wait_none,
+)
+
+from reconciler import layout
+from reconciler.deliveries import (
+    RECEIPTS,
+    Attempt,
+    ManyDelivery,
+    Outcome,
+    Reason,
+    StreamBrokenError,
+    WritePolicy,
+)
+from reconciler.lanes import Lanes, Turn
+from reconciler.link import Link, connect
+from reconciler.messages import InvalidMessageError, Message, encode, keyed
+from reconciler.waiting import (
+    AttemptError,
+    FinalError,
+    Moment,
+    Patience,
+    Script,
+    TransientError,
+    UnconfirmedError,
+    Wait,
+    pauses,
+)
+
+_KEYS_IN_MIND = 8192
+# The newest keys of which a writer knows the keeper that they were handed to.
+
+
+class Switches:
+    """What `reconciler.testing` switches."""
+
+    backoff = True
+
+
+class Desk:
+    """What the exchanges of one writer share."""
+
+    def __init__(self, folder: Path, policy: WritePolicy) -> None:
+        if sys.platform != "linux":
+            raise NotImplementedError("receipts and the check of the peer need Linux")
+        self.folder = folder
+        self.policy = policy
+        self.lanes = Lanes()
+        self.keys = _Keys()
+
+    def exchange(
+        self, sid: str, messages: Iterable[Message] | None = None, key: str | None = None
+    ) -> Exchange:
+        """Check everything that the caller gave, before anything is done.
+
+        With a key there is one message.
+        """
+        layout.check_sid(sid)
+        if messages is None:
+            return Exchange(self, sid, [])
+        if isinstance(messages, str | bytes | Mapping):
+            raise InvalidMessageError("give a list of messages, this is a single one")
+        lines = [encode(message) for message in messages]
+        if not lines:
+            raise InvalidMessageError("there is no message")
+        if key is not None:
+            lines = [keyed(line, key) for line in lines]
+        return Exchange(self, sid, lines, key)
+
+
+class _Keys:
+    """Which keeper was handed something of a message with a key: the newest ones."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._keepers: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def keeper(self, sid: str, key: str | None) -> tuple[int, int] | None:
+        """The keeper's pid and start, or None: nothing was handed over, as far as is known."""
+        with self._lock:
+            return None if key is None else self._keepers.get((sid, key))
+
+    def handed(self, sid: str, key: str, keeper: tuple[int, int]) -> None:
+        """Remember that this keeper was handed something."""
+        with self._lock:
+            self._keepers.pop((sid, key), None)
+            self._keepers[sid, key] = keeper
+            if len(self._keepers) > _KEYS_IN_MIND:
+                del self._keepers[next(iter(self._keepers))]
+
+
+class Exchange:
+    """Messages for one connection: the scripts, and the account of what is sure.
+
+    Scripts of one exchange run in turns, never at once; `abandon` may come at any time.
+
+    Attributes:
+        sid: the session.
+        ended: what became of it, once it is over.
+    """
+
+    def __init__(self, desk: Desk, sid: str, lines: list[bytes], key: str | None = None) -> None:
+        self.sid = sid
+        self.ended: ManyDelivery | None = None
+        self._desk = desk
+        self._key = key
+        self._data = lines[0] if len(lines) == 1 else b"".join(lines)
+        self._began = time.monotonic()
+        self._tried = self._began
+        self._attempts: list[Attempt] = []
+        self._link: Link | None = None
+        self._live = False  # an attempt is on
+        self._sending = False  # a message of a stream is on its way
+        self._size = 0
+        self._refused = 0  # messages that never got to the connection
+        self._taken = 0  # messages that the keeper has taken whole ...
+        self._taken_end = 0  # ... and where the last of them ended
+        self._ends: deque[int] = deque()  # where the others end
+        for line in lines:
+            self._add(line)
+
+    # For the faces.
+
+    def turn(self) -> contextlib.AbstractContextManager[Turn]:
+        """Take a place in the session's lane."""
+        return self._desk.lanes.turn(self.sid)
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """End a write with its delivery, whatever failed."""
+        try:
+            yield
+        except AttemptError as failure:
+            self._settle(_forgotten(failure).reason)
+
+    @contextlib.contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Raise what breaks a stream, now or before, as `StreamBrokenError`."""
+        broken = self.ended
+        if broken is None:
+            try:
+                yield
+            except AttemptError as failure:
+                broken = self._settle(_forgotten(failure).reason)
+        if broken is not None:
+            raise StreamBrokenError(broken)
+
+    def retrying(self, deadline: float) -> dict[str, Any]:
+        """What tenacity is to do, the same for both faces."""
+        policy = self._desk.policy
+        waits = policy.backoff if Switches.backoff else ()
+        return {
+            "retry": retry_if_exception_type(TransientError),
+            "stop": stop_any(
+                stop_after_attempt(policy.attempts),
+                stop_before_delay(max(0.0, deadline - time.monotonic())),
+            ),
+            "wait": wait_chain(*map(wait_fixed, waits)) if waits else wait_none(),
+            "reraise": True,
+        }
+
+    def delivery(self) -> ManyDelivery:
+        """What became of it."""
+        if self.ended is None:
+            raise RuntimeError("the exchange has not ended")
+        return self.ended
+
+    def abandon(self) -> None:
+        """End a stream without its receipt."""
+        self._settle(Reason.ABANDONED)
+
+    # Scripts.
+
+    def attempt(self, deadline: float) -> Script[None]:
+        """Connect, send everything, take the receipt."""
+        with self._noted():
+            patience = Patience(self._desk.policy, deadline)
+            link = yield from self._connected(patience)
+            with self._once(link):
+                yield from link.send(self._data, patience)
+                reason = yield from link.finish(patience)
+            self._settle(reason)
+
+    @contextlib.contextmanager
+    def _once(self, link: Link) -> Iterator[None]:
+        """With a key: to one keeper that understands it alone; to that one, once more."""
+        if self._key is None:
+            yield
+            return
+        if self._desk.keys.keeper(self.sid, self._key) not in {None, link.peer.process}:
+            raise FinalError(Reason.KEEPER_REPLACED)
+        if not link.peer.keys:
+            raise FinalError(Reason.NO_KEYS)
+        try:
+            yield
+        except UnconfirmedError as failure:
+            if failure.reason is Reason.KEEPER_DIED or self._all_taken():
+                raise
+            raise TransientError(failure.reason) from None
+        finally:
+            if link.handed:
+                self._desk.keys.handed(self.sid, self._key, link.peer.process)
+
+    def _all_taken(self) -> bool:
+        self._strike_taken()
+        return not self._ends and self._link is not None and self._link.peer.ours
+
+    def opening(self, deadline: float) -> Script[None]:
+        """Open a stream."""
+        with self._noted():
+            link = yield from self._connected(Patience(self._desk.policy, deadline))
+            self._desk.lanes.add_stream(self.sid, link)
+
+    def sending(self, line: bytes, deadline: float) -> Script[None]:
+        """Send one more message of a stream, in its turn."""
+        with self.turn() as turn:
+            try:
+                yield from turn.come(deadline)
+                link = self._still_open()
+                patience = Patience(self._desk.policy, deadline)
+                yield from self._streams_first(patience)
+                link.check_open()
+            except AttemptError:
+                self._refused += 1
+                raise
+            yield from self._hand_over(link, line, patience)
+
+    def finishing(self, deadline: float) -> Script[None]:
+        """Close a stream with its receipt."""
+        with self.turn() as turn:
+            yield from turn.come(deadline)
+            link = self._still_open()
+            self._settle((yield from link.finish(Patience(self._desk.policy, deadline))))
+
+    def _connected(self, patience: Patience) -> Script[Link]:
+        self._link = None
+        if patience.over:
+            raise TransientError(Reason.TIMED_OUT_BEFORE)
+        yield from self._streams_first(patience)
+        self._link = yield from connect(self._desk.folder, self.sid, patience)
+        return self._link
+
+    def _streams_first(self, patience: Patience) -> Script[None]:
+        """Wait until what open streams have sent before was taken: that keeps the order."""
+        for link in self._desk.lanes.streams(self.sid):
+            if link is self._link:
+                continue
+            patience.renew()
+            gaps = pauses()
+            while not link.drained(patience):
+                if patience.over:
+                    raise TransientError(Reason.TIMED_OUT_BEFORE)
+                yield Wait(Moment.STREAMS, patience.up_to(next(gaps)))
+
+    def _still_open(self) -> Link:
+        if self._link is None:
+            raise RuntimeError("the stream was not entered")
+        if self.ended is not None:
+            raise FinalError(self.ended.reason)
+        return self._link
+
+    def _hand_over(self, link: Link, line: bytes, patience: Patience) -> Script[None]:
+        before = link.handed
+        self._strike_taken()
+        self._add(line)
+        self._sending = True
+        try:
+            yield from link.send(line, patience)
+        except GeneratorExit:  # cancelled
+            if link.handed == before:
+                self._size -= len(line)
+                self._ends.pop()
+            else:
+                self._sending = False
+                self.abandon()
+            raise
+        finally:
+            self._sending = False
+            if not self._live:
+                link.close()
+
+    # The account.
+
+    def _add(self, line: bytes) -> None:
+        self._size += len(line)
+        self._ends.append(self._size)
+
+    def _strike_taken(self) -> None:
+        taken = 0 if self._link is None else self._link.taken
+        while self._ends and self._ends[0] <= taken:
+            self._taken_end = self._ends.popleft()
+            self._taken += 1
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Keep the account of one attempt."""
+        self._tried = time.monotonic()
+        self._live = True
+        try:
+            yield
+        except AttemptError as failure:
+            self._hang_up(failure.reason)
+            raise
+        except BaseException:
+            self._hang_up(Reason.ABANDONED)
+            raise
+
+    def _hang_up(self, reason: Reason) -> None:
+        """End the attempt that is on, if one is."""
+        if not self._live:
+            return
+        self._live = False
+        now, link = time.monotonic(), self._link
+        handed = 0 if link is None else link.handed
+        self._attempts.append(Attempt(self._tried - self._began, now - self._tried, reason, handed))
+        if link is not None:
+            self._desk.lanes.drop_stream(self.sid, link)
+            if self._sending:
+                link.cut()  # who sends closes it: no descriptor goes away under a wait
+            else:
+                link.close()
+
+    def _settle(self, reason: Reason) -> ManyDelivery:
+        """Close the account; the first to do so says why."""
+        if self.ended is None:
+            self._hang_up(reason)
+            self.ended = self._delivery(reason)
+        return self.ended
+
+    def _delivery(self, reason: Reason) -> ManyDelivery:
+        self._strike_taken()
+        total = self._taken + len(self._ends) + self._refused
+        unsent = self._unsent()
+        confirmed = self._taken if self._link is not None and self._link.peer.ours else 0
+        if reason in RECEIPTS:
+            confirmed = total
+        elif total and confirmed == total:
+            reason = Reason.TAKEN
+        outcome = Outcome.UNCONFIRMED
+        if reason in RECEIPTS or reason is Reason.TAKEN:
+            outcome = Outcome.DELIVERED
+        elif unsent == total:
+            outcome = Outcome.NOT_DELIVERED
+        return ManyDelivery(
+            sid=self.sid,
+            outcome=outcome,
+            reason=reason,
+            attempts=tuple(self._attempts),
+            elapsed=time.monotonic() - self._began,
+            size=self._size,
+            total=total,
+            confirmed=confirmed,
+            unsent=unsent,
+        )
+
+    def _unsent(self) -> int:
+        """Messages of which no byte was handed over; one that is being sent may have some."""
+        handed = 0 if self._link is None else self._link.handed
+        if self._desk.keys.keeper(self.sid, self._key) is not None:
+            return 0
+        starts = (self._taken_end, *self._ends)[:-1]
+        unsent = sum(start >= handed for start in starts)
+        return self._refused + max(0, unsent - self._sending)
+
+
+def _forgotten(failure: AttemptError) -> AttemptError:
+    """Cut an error off from where it came: tenacity keeps it, and that would keep the message."""
+    failure.__traceback__ = failure.__context__ = None
+    return failure

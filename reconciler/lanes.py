@@ -1,0 +1,120 @@
+"""Order: one lane per session, first come, first served, across threads and event loops."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from reconciler.deliveries import Reason
+from reconciler.link import Link
+from reconciler.waiting import FinalError, Moment, Script, Wait
+
+
+class Turn:
+    """A place in a session's lane; who is first has the turn."""
+
+    def __init__(self, lanes: Lanes, sid: str) -> None:
+        self._lanes = lanes
+        self.sid = sid
+        self.granted = False
+        self.wake: Callable[[], object] | None = None
+
+    def granted_or(self, wake: Callable[[], object]) -> bool:
+        """Whether the turn has come; else ``wake`` is called when it does, by any thread."""
+        return self._lanes.granted_or(self, wake)
+
+    def come(self, deadline: float) -> Script[None]:
+        """Wait for the turn."""
+        while not self.granted:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise FinalError(Reason.TIMED_OUT_BEFORE)
+            yield Wait(Moment.TURN, left, turn=self)
+
+
+class _Lane:
+    """Who writes to one session now and next, and which streams to it are open."""
+
+    def __init__(self) -> None:
+        self.turns: deque[Turn] = deque()
+        self.streams: list[Link] = []
+
+
+class Lanes:
+    """First come, first served, session by session; across threads and event loops."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lanes: dict[str, _Lane] = {}
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    @contextlib.contextmanager
+    def turn(self, sid: str) -> Iterator[Turn]:
+        """Take a place in the lane; wait for it with `Turn.come`."""
+        turn = Turn(self, sid)
+        with self._lock:
+            turns = self._lanes.setdefault(sid, _Lane()).turns
+            turns.append(turn)
+            turn.granted = turns[0] is turn
+        try:
+            yield turn
+        finally:
+            self._leave(turn)
+
+    def granted_or(self, turn: Turn, wake: Callable[[], object]) -> bool:
+        """`Turn.granted_or`."""
+        with self._lock:
+            turn.wake = wake
+            return turn.granted
+
+    def _leave(self, turn: Turn) -> None:
+        with self._lock:
+            lane = self._lanes.get(turn.sid)
+            if lane is None or turn not in lane.turns:  # passed over, see _grant
+                return
+            lane.turns.remove(turn)
+            if lane.turns and not lane.turns[0].granted:
+                self._grant(lane.turns)
+            self._sweep(turn.sid)
+
+    def _grant(self, turns: deque[Turn]) -> None:
+        """Give the turn to the next who can still be woken: an event loop may have gone."""
+        while turns:
+            turns[0].granted = True
+            wake = turns[0].wake
+            try:
+                if wake is not None:
+                    wake()
+            except RuntimeError:
+                turns.popleft()
+            else:
+                return
+
+    def _sweep(self, sid: str) -> None:
+        lane = self._lanes.get(sid)
+        if lane is not None and not lane.turns and not lane.streams:
+            del self._lanes[sid]
+
+    def streams(self, sid: str) -> tuple[Link, ...]:
+        """The connections of a session's open streams."""
+        with self._lock:
+            lane = self._lanes.get(sid)
+            return tuple(lane.streams) if lane is not None else ()
+
+    def add_stream(self, sid: str, link: Link) -> None:
+        """A stream was opened."""
+        with self._lock:
+            self._lanes.setdefault(sid, _Lane()).streams.append(link)
+
+    def drop_stream(self, sid: str, link: Link) -> None:
+        """A stream has ended, if this is one's."""
+        with self._lock:
+            lane = self._lanes.get(sid)
+            if lane is not None and link in lane.streams:
+                lane.streams.remove(link)
+                self._sweep(sid)

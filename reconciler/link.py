@@ -1,0 +1,415 @@
+"""One connection to a session's keeper, and to nobody else; what is known of its bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import fcntl
+import os
+import socket
+import stat
+import struct
+import termios
+import threading
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from reconciler import layout
+from reconciler.deliveries import Reason
+from reconciler.waiting import (
+    AttemptError,
+    FinalError,
+    Moment,
+    Patience,
+    Script,
+    TransientError,
+    UnconfirmedError,
+    Wait,
+    pauses,
+)
+
+_PIECE = 8192
+# Bytes handed to the kernel at once. The kernel tells that a piece was read, never how much
+# of one: smaller pieces make a slower agent's progress visible (8 KiB in 350 ms is 23 kB/s),
+# and cost 40 MiB no more than 6 ms.
+
+_TURN = 1 << 20
+# Bytes sent before the event loop gets a turn, where a fast keeper never makes us wait.
+
+_READS = 10
+# Reads at most of what a keeper says, at one look.
+
+_SHOWS_KEYS = ".//"
+# Before the socket's name in the name that a keeper is bound by, if it understands keys.
+
+_EXITING = 0x4  # PF_EXITING in the flags of /proc/<pid>/stat, set before descriptors close
+_PID_DIGITS = 10
+
+
+class _Heard(enum.Enum):
+    """What the connection says while nobody answers on it."""
+
+    NOTHING = "nothing"
+    END = "end"
+    RESET = "reset"
+
+
+class _Ledger:
+    """Which bytes the other side has surely read.
+
+    The kernel tells how much memory (`_queued`) all pieces take that were not read to their
+    end, first in, first out. What each of them takes is seen when it is sent, never as more
+    than it is: so the newest pieces that explain the memory are at least those unread.
+
+    Attributes:
+        handed: bytes sent.
+        taken: bytes surely read, the end of a piece.
+    """
+
+    def __init__(self) -> None:
+        self.handed = 0
+        self.taken = 0
+        self._pieces: deque[tuple[int, int]] = deque()  # where each ends, what it takes
+        self._explained = 0
+        self._queued = 0  # when last looked at
+
+    def sent(self, size: int, queued: int) -> None:
+        """Enter a piece, with what is queued now."""
+        self.handed += size
+        weight = max(0, queued - self._queued)
+        self._queued = queued
+        self._pieces.append((self.handed, weight))
+        self._explained += weight
+
+    def seen(self, queued: int) -> bool:
+        """Strike what must have been read; whether there is less queued than before."""
+        less = queued < self._queued
+        self._queued = queued
+        while self._pieces and self._explained - self._pieces[0][1] >= queued:
+            self.taken, weight = self._pieces.popleft()
+            self._explained -= weight
+        return less
+
+
+class Link:
+    """A connection to a keeper that was checked, and what is known of it.
+
+    Our keeper reads the last byte of a line only once the line is in the agent's standard
+    input: from it, what is taken is delivered.
+    """
+
+    def __init__(self, sock: socket.socket, peer: Peer) -> None:
+        self.peer = peer
+        self._sock = sock
+        self._ledger = _Ledger()
+        self._heard = _Heard.NOTHING
+        self._written: int | None = None  # by the peer, when last looked at
+        self._lock = threading.RLock()  # writes that wait for a stream look at its link
+
+    @property
+    def handed(self) -> int:
+        """Bytes that the kernel took for the keeper."""
+        return self._ledger.handed
+
+    @property
+    def taken(self) -> int:
+        """Bytes that the keeper has surely read."""
+        return self._ledger.taken
+
+    def close(self) -> None:
+        """Close the connection: the keeper gets what was handed over, and no more."""
+        with self._lock:
+            self._sock.close()
+
+    def cut(self) -> None:
+        """Make whoever waits on the connection see its end, without closing it."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def send(self, data: bytes, patience: Patience) -> Script[None]:
+        """Hand everything to the kernel."""
+        self._measure()
+        rest = memoryview(data)
+        turn_at = self.handed + _TURN
+        while rest:
+            try:
+                count = self._sock.send(rest[:_PIECE])
+            except BlockingIOError:
+                yield from self._wait(Moment.SENDING, patience)
+                continue
+            except OSError:
+                raise self._broken() from None
+            self._ledger.sent(count, _queued(self._sock))
+            rest = rest[count:]
+            patience.renew()
+            if self.handed >= turn_at:
+                turn_at = self.handed + _TURN
+                yield Wait(Moment.SENDING, 0)
+
+    def finish(self, patience: Patience) -> Script[Reason]:
+        """Say that this was all, and wait for the receipt."""
+        if self.hear() is not _Heard.NOTHING:
+            raise self._broken()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+        patience.renew()
+        while (heard := self.hear()) is _Heard.NOTHING:
+            yield from self._wait(Moment.RECEIPT, patience)
+        if heard is _Heard.RESET:
+            raise self._broken()
+        return self._receipt()
+
+    def _receipt(self) -> Reason:
+        """Believe the end of the stream, or not.
+
+        The kernel ends it without a reset only when every byte was read. For our keeper
+        that says all. Another one may have had bytes in its memory as it died.
+        """
+        if self.peer.ours:
+            return Reason.RECEIPT
+        if self.peer.lives():
+            return Reason.HANDED_ON
+        raise UnconfirmedError(Reason.KEEPER_DIED)
+
+    def _wait(self, moment: Moment, patience: Patience) -> Script[None]:
+        if patience.over:
+            raise self._failure(Reason.TIMED_OUT_AFTER if self.handed else Reason.TIMED_OUT_BEFORE)
+        yield Wait(moment, patience.look, sock=self._sock)
+        if self.hear() is _Heard.NOTHING and self.progressed():
+            patience.renew()
+
+    def hear(self) -> _Heard:
+        """Whether the keeper has closed. What it says, which is nothing, is dropped."""
+        with self._lock:
+            if self._heard is _Heard.NOTHING:
+                self._heard = self._listen()
+            return self._heard
+
+    def _listen(self) -> _Heard:
+        try:
+            for _ in range(_READS):
+                if not self._sock.recv(_PIECE):
+                    return _Heard.END
+        except BlockingIOError:
+            pass
+        except OSError:
+            return _Heard.RESET  # told once: the next read would say "end"
+        return _Heard.NOTHING
+
+    def check_open(self) -> None:
+        """Raise when the keeper has closed already."""
+        if self.hear() is not _Heard.NOTHING:
+            raise self._broken()
+
+    def progressed(self) -> bool:
+        """Whether the keeper did something since the last look: read of us, or wrote on."""
+        before, self._written = self._written, self.peer.written()
+        return self._measure() or before not in {None, self._written}
+
+    def drained(self, patience: Patience) -> bool:
+        """Whether the keeper has taken everything, or will never take any more."""
+        if self.progressed():
+            patience.renew()
+        return self.taken >= self.handed or self._heard is not _Heard.NOTHING
+
+    def _measure(self) -> bool:
+        """See how much the keeper has taken; whether that is more than before."""
+        with self._lock:
+            if self._sock.fileno() < 0:
+                self._heard = _Heard.RESET
+                return False
+            queued = _queued(self._sock)
+            # Only now: a keeper that closed would have thrown away what was queued.
+            return self.hear() is _Heard.NOTHING and self._ledger.seen(queued)
+
+    def _broken(self) -> AttemptError:
+        return self._failure(Reason.BROKEN if self.peer.lives() else Reason.KEEPER_DIED)
+
+    def _failure(self, reason: Reason) -> AttemptError:
+        return (UnconfirmedError if self.handed else TransientError)(reason)
+
+
+def _queued(sock: socket.socket) -> int:
+    """Memory that the kernel holds for bytes which the peer has not read.
+
+    It counts whole pieces and their overhead: never less than the bytes, 0 when none.
+    """
+    answer = bytearray(4)
+    fcntl.ioctl(sock, termios.TIOCOUTQ, answer)
+    (queued,) = struct.unpack("i", answer)
+    return int(queued)
+
+
+# -- Connecting: nobody but this session's keeper -----------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The process that listens.
+
+    Attributes:
+        pid: its pid, which the session's pid file names too.
+        started: when it started, in ticks since boot.
+        ours: its arguments say that it is our keeper, of this session.
+        keys: the name that it is bound by says that it understands keys.
+    """
+
+    pid: int
+    started: int
+    ours: bool
+    keys: bool = False
+
+    @property
+    def process(self) -> tuple[int, int]:
+        """Who it is: a pid alone may be another's later."""
+        return self.pid, self.started
+
+    def lives(self) -> bool:
+        """Whether it has not begun to exit. Its connections end after it has begun."""
+        process = _process(self.pid)
+        return process is not None and process == (self.started, False)
+
+    def written(self) -> int:
+        """Bytes that our keeper has written, 0 where that cannot be told.
+
+        It may hold a whole long line, and write it to its agent while nothing moves on the
+        connection.
+        """
+        if self.ours:
+            with (
+                contextlib.suppress(OSError, ValueError),
+                open(f"/proc/{self.pid}/io", "rb") as file,
+            ):
+                return int(file.read().split()[3])
+        return 0
+
+
+def _process(pid: int) -> tuple[int, bool] | None:
+    """When a process started and whether it is exiting, or None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[19]), fields[0] in {b"Z", b"X"} or bool(int(fields[6]) & _EXITING)
+
+
+def _is_ours(pid: int, sid: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            arguments = os.fsdecode(file.read(_PIECE)).split("\0")
+    except OSError:
+        return False
+    said = layout.keeper_arguments(arguments, frozenset({layout.KEEPER_PROGRAM.name}))
+    return said is not None and said.sid == sid
+
+
+def connect(folder: Path, sid: str, patience: Patience) -> Script[Link]:
+    """Connect to the session's keeper, and to nobody else."""
+    try:
+        with contextlib.ExitStack() as opened:
+            folder_fd = _opened(opened, folder, os.O_PATH | os.O_DIRECTORY)
+            address = _address(opened, folder_fd, sid)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                yield from _accepted(sock, address, patience)
+                return Link(sock, _checked_peer(sock, folder_fd, sid))
+            except BaseException:
+                sock.close()
+                raise
+    except OSError as error:
+        raise _failure_of(error) from None
+
+
+def _opened(
+    stack: contextlib.ExitStack, path: str | Path, flags: int, folder: int | None = None
+) -> int:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, dir_fd=folder)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _address(opened: contextlib.ExitStack, folder_fd: int, sid: str) -> str:
+    """Pin the socket's inode: no link is followed, and no path is too long for the kernel."""
+    name = layout.file_name(layout.Role.SOCKET, sid)
+    descriptor = _opened(opened, name, os.O_PATH | os.O_NOFOLLOW, folder_fd)
+    status = os.fstat(descriptor)
+    if not stat.S_ISSOCK(status.st_mode):
+        raise FinalError(Reason.NOT_A_SOCKET)
+    if status.st_uid != os.geteuid():
+        raise FinalError(Reason.WRONG_USER)
+    return f"/proc/self/fd/{descriptor}"
+
+
+def _accepted(sock: socket.socket, address: str, patience: Patience) -> Script[None]:
+    """Connect. A full backlog is waited for: it has no event, so it is tried again."""
+    for pause in pauses():
+        try:
+            sock.connect(address)
+        except BlockingIOError:
+            if patience.over:
+                raise
+            yield Wait(Moment.BACKLOG, patience.up_to(pause))
+        else:
+            return
+
+
+def _checked_peer(sock: socket.socket, folder_fd: int, sid: str) -> Peer:
+    """Make sure who listens: our user, and the process that the pid file names."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", credentials)
+    if uid != os.geteuid():
+        raise FinalError(Reason.WRONG_USER)
+    if pid != _named_pid(folder_fd, sid):
+        raise TransientError(Reason.WRONG_PEER)
+    process = _process(pid)
+    if process is None:
+        raise TransientError(Reason.KEEPER_DIED)
+    shown = _SHOWS_KEYS + layout.file_name(layout.Role.SOCKET, sid)
+    return Peer(pid, process[0], _is_ours(pid, sid), keys=sock.getpeername() == shown)
+
+
+def _named_pid(folder_fd: int, sid: str) -> int:
+    """The pid in the session's pid file; nothing is followed, nothing blocks."""
+    name = layout.file_name(layout.Role.PID_FILE, sid)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+    with contextlib.ExitStack() as opened:
+        try:
+            descriptor = _opened(opened, name, flags, folder_fd)
+        except FileNotFoundError:
+            raise TransientError(Reason.NO_PID_FILE) from None
+        except OSError as error:
+            if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket or a device
+                raise FinalError(Reason.BAD_PID_FILE) from None
+            raise
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise FinalError(Reason.BAD_PID_FILE)
+        text = os.read(descriptor, _PID_DIGITS + 2)
+    if not text:
+        raise TransientError(Reason.NO_PID_FILE)
+    digits = text.removesuffix(b"\n")
+    if not digits.isdigit() or len(digits) > _PID_DIGITS:
+        raise FinalError(Reason.BAD_PID_FILE)
+    return int(digits)
+
+
+def _failure_of(error: OSError) -> AttemptError:
+    """What a system error on the way to a connection means."""
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return TransientError(Reason.NO_SOCKET)
+        case errno.ECONNREFUSED:
+            return TransientError(Reason.REFUSED)
+        case errno.EAGAIN:
+            return TransientError(Reason.BACKLOG_FULL)
+        case errno.EMFILE | errno.ENFILE | errno.ENOMEM | errno.ENOBUFS:
+            return TransientError(Reason.NO_RESOURCES)
+        case errno.EACCES | errno.EPERM:
+            return FinalError(Reason.PERMISSION)
+        case errno.EPROTOTYPE:
+            return FinalError(Reason.NOT_A_SOCKET)
+        case _:
+            return TransientError(Reason.SYSTEM_ERROR)
