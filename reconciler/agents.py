@@ -34,7 +34,7 @@ MARKER = "PI_RECONCILER_SESSION"
 SPAWNED = "PI_DASHBOARD_SPAWNED"
 """Every keeper sets it to ``1`` for its agent."""
 
-BIRTH_WINDOW = (-1.0, 30.0)
+BIRTH_WINDOW = (-1.0, 5.0)
 """Seconds from an agent's start until its pid file was written; keepers do so right after
 the start. A clock that was set puts every process outside of it, which makes the agent
 unverifiable and harms nobody."""
@@ -99,10 +99,15 @@ class Agents:
                 return child
         if word is True:
             return Agent(AgentState.ALIVE, seen.now, evidence="the caller's probe says so")
-        if evidence := _evidence_of_end(seen, before, children):
-            return Agent(AgentState.GONE, seen.now, evidence=evidence)
         if children is None:
             return Agent(AgentState.UNKNOWN, seen.now, evidence="the keeper's children are hidden")
+        known = before.process.pid if before is not None and before.process else None
+        for pid in (seen.agent_file.pid, registered, known, *children):
+            if pid and self._processes.facts(pid).life is Life.HIDDEN:
+                text = f"process {pid} is hidden from us"
+                return Agent(AgentState.UNKNOWN, seen.now, evidence=text)
+        if evidence := _evidence_of_end(seen, before, children):
+            return Agent(AgentState.GONE, seen.now, evidence=evidence)
         return Agent(AgentState.NEVER_SEEN, seen.now)
 
     def _child(self, pid: int, parent: ProcessId, now: float) -> Agent | None:
@@ -117,6 +122,9 @@ class Agents:
         """The agent that a dead keeper left behind, if it can be found."""
         if before is not None and before.proven and before.process is not None:
             facts = self._processes.facts(before.process.pid)
+            if facts.life is Life.HIDDEN:
+                text = f"process {before.process.pid} is hidden from us"
+                return replace(before, state=AgentState.UNKNOWN, since=seen.now, evidence=text)
             if facts.process == before.process and not facts.dying:
                 return self._outlived(seen, before, before.process)
             return Agent(AgentState.GONE, seen.now, evidence="it was seen alive, and is gone")
@@ -166,10 +174,11 @@ class Agents:
         return bool(arguments and keeper_arguments(arguments, self._programs))
 
 
-def _evidence_of_end(
-    seen: Observation, before: Agent | None, children: tuple[int, ...] | None
-) -> str:
-    """Why the agent of a living keeper that has no living child is known to be gone."""
+def _evidence_of_end(seen: Observation, before: Agent | None, children: tuple[int, ...]) -> str:
+    """Why the agent of a living keeper that has no living child is known to be gone.
+
+    What the agent pid file says counts when the pid file beside it is this keeper's.
+    """
     if before is not None and before.process is not None:
         return f"agent {before.process.pid} was seen alive, and is gone"
     if before is not None and before.state is AgentState.GONE:
@@ -177,7 +186,8 @@ def _evidence_of_end(
     if children:
         return "the keeper's child is a zombie"
     written = _wall_age(seen.agent_file)
-    if children is not None and written is not None and 0 <= written <= seen.keeper.age:
+    own = seen.keeper.process is not None and seen.pid_file.pid == seen.keeper.process.pid
+    if own and written is not None and 0 <= written <= seen.keeper.age:
         return f"agent {seen.agent_file.pid}, which the keeper wrote down, is gone"
     return ""
 
@@ -185,10 +195,11 @@ def _evidence_of_end(
 def _born_for(seen: Observation, facts: Facts) -> bool:
     """Whether a process started as the agent of the keeper that the files name.
 
-    It is in the session (setsid) that the dead keeper led: the kernel gives a pid to
-    nobody else while it stands for a session. Or it started when its pid file was written.
+    It is in the session (setsid) that the keeper led, whose pid is nobody's now: the kernel
+    gives a pid to nobody else while it stands for a session. Or it started when its pid file
+    was written.
     """
-    if facts.session == seen.pid_file.pid != 0:
+    if facts.session == seen.pid_file.pid != 0 and seen.keeper.state is KeeperState.NONE:
         return True
     written = _wall_age(seen.agent_file)
     if written is None or facts.process is None or facts.process.pid != seen.agent_file.pid:

@@ -358,17 +358,17 @@ def spawn(
             capture=capture,
         )
     )
-    if as_json:
-        _print_json(
-            {
-                "sid": spawned.sid,
-                "keeper_pid": spawned.keeper_pid,
-                "agent_pid": spawned.agent_pid,
-                "socket": spawned.socket,
-            }
-        )
-    else:
-        click.echo(f"{spawned.sid} {spawned.keeper_pid}")
+    told = {
+        "sid": spawned.sid,
+        "keeper_pid": spawned.keeper_pid,
+        "agent_pid": spawned.agent_pid,
+        "socket": spawned.socket,
+    }
+    try:
+        click.echo(json.dumps(told) if as_json else f"{spawned.sid} {spawned.keeper_pid}")
+    except OSError as error:
+        reason = f"it could not be told on standard output: {error.strerror}"
+        fail(f"session {spawned.sid} was started, but {reason}", FAILURE)
 
 
 def _variables(pairs: Iterable[str]) -> dict[str, str]:
@@ -591,6 +591,8 @@ def stop(given: Common, sids: tuple[str, ...], *, everything: bool, as_json: boo
         raise click.UsageError("give session ids, or --all")
     chosen = dict.fromkeys(sids or (finding.seen.sid for finding in manager.find()))
     results = asyncio.run(_stop_all(manager, chosen))
+    if everything:  # one that has gone by itself meanwhile is no failure
+        results = [each for each in results if each[0] != NO_SUCH_SESSION]
     if as_json:
         _print_json([result for _, result in results])
     for code, result in results:

@@ -92,7 +92,7 @@ class Reconciler:
         metrics: Callable[[SessionTable], Metrics] | None = None,
     ) -> None:
         self.manager = manager or KeeperManager()
-        self.sessions = SessionTable()
+        self.sessions = SessionTable(self._on_subscriber_error)
         self.dry_run = dry_run
         self._resync = resync
         self._log = logger or get_logger()
@@ -120,6 +120,8 @@ class Reconciler:
         Raises:
             FolderLockedError: another reconciler works on the folder.
         """
+        if self._closed:
+            raise RuntimeError("a Reconciler is entered once: make another one")
         self._loop = asyncio.get_running_loop()
         self._exits = Exits(self._loop, self._on_exit, self._on_degraded)
         try:
@@ -175,7 +177,8 @@ class Reconciler:
         Raises:
             NoSuchSessionError: nothing of it is there.
             UnverifiableError: whose its process or file is cannot be proven, or this
-                reconciler may not act. Nothing was done.
+                reconciler may not act. Nothing was done, and what was wanted of the session
+                before is wanted again. (A call that is cancelled leaves it unwanted.)
         """
         begun = time.monotonic()
         try:
@@ -187,11 +190,13 @@ class Reconciler:
         keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
         if reason := self._may_not_act():
             raise UnverifiableError(f"session {sid} was left alone: {reason}")
+        before = self.sessions.row(sid).desired
         self.sessions.want(sid, Desired.ABSENT)
         self._hint(sid, AT_ONCE)
         ended = {Verdict.ABSENT, Verdict.REFUSED, Verdict.UNVERIFIABLE}
         session = await self.wait_for(sid, lambda row: row.plan is not None and row.phase in ended)
         if session.phase is not Verdict.ABSENT:
+            self.sessions.want(sid, before)
             raise UnverifiableError(f"session {sid} was left alone: {session.reason}")
         await self.manager.outlast(processes_of(seen))
         return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun)
@@ -207,8 +212,13 @@ class Reconciler:
         met: asyncio.Future[Session] = self._loop.create_future()
 
         def look(session: Session) -> None:
-            if session.sid == sid and not met.done() and condition(session):
-                met.set_result(session)
+            if session.sid != sid or met.done():
+                return
+            try:
+                if condition(session):
+                    met.set_result(session)
+            except Exception as error:  # noqa: BLE001 - it is the waiter's
+                met.set_exception(error)
 
         unsubscribe = self.sessions.subscribe(look)
         try:
@@ -294,14 +304,16 @@ class Reconciler:
         if self._closed:
             return
         end = time.monotonic() + SLICE
-        while (key := self._hints.take(now := time.monotonic())) is not None:
-            if key == LOOK_AT_ALL:
-                self._look_at_all()
-            else:
-                self._reconcile(key)
-            if now > end:
-                break
-        self._wake()
+        try:
+            while (key := self._hints.take(now := time.monotonic())) is not None:
+                if key == LOOK_AT_ALL:
+                    self._look_at_all()
+                else:
+                    self._reconcile(key)
+                if now > end:
+                    break
+        finally:
+            self._wake()
 
     # One session.
 
@@ -420,20 +432,35 @@ class Reconciler:
 
     def _hint_all(self, served: _Served) -> None:
         now = time.monotonic()
-        names = list(served.folder.names())
-        for name in names:
-            if sid := claims(name):
-                self._hints.add(sid, now)
-            elif is_taken(name) and not self._may_not_act():
-                self._recover(served.folder, name)
         for sid in self.sessions:
             self._hints.add(sid, now)
-        task = self._loop.create_task(self._scan(served))
+        task = self._loop.create_task(self._find_all(served))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _find_all(self, served: _Served) -> None:
+        """Find all sessions: first the names in the folder, then the keepers without a file."""
+        try:
+            await self._list(served)
+            await self._scan(served)
+        except OSError as error:
+            reason = f"not all could be looked at: {error.strerror}"
+            self._log.warning("folder.half_read", folder=str(served.folder.path), reason=reason)
+
+    async def _list(self, served: _Served) -> None:
+        """Ask for a look at every session that a name stands for, in slices of time."""
+        end = time.monotonic() + SLICE
+        for name in served.folder.names():
+            if sid := claims(name):
+                self._hint(sid, time.monotonic())
+            elif is_taken(name) and not self._may_not_act():
+                self._recover(served.folder, name)
+            if time.monotonic() > end:
+                await asyncio.sleep(0)
+                end = time.monotonic() + SLICE
+
     async def _scan(self, served: _Served) -> None:
-        """Find keepers that have no file: a walk over all processes, beside the loop."""
+        """Ask for a look at every keeper: a walk over all processes, beside the loop."""
         found = await asyncio.to_thread(served.probe.scan)
         for sid, pids in found.items():
             row = self.sessions.row(sid)
@@ -461,7 +488,7 @@ class Reconciler:
             except OSError as error:
                 self._complain("folder.unusable", f"cannot be opened: {error.strerror}")
                 return
-            self._folder = _Served(folder, self.manager)
+            self._folder = _Served(folder, self.manager, self._on_registry)
         if not self.dry_run:
             self._folder.take_lock()
 
@@ -490,6 +517,12 @@ class Reconciler:
             self._log.warning(event, folder=str(self.manager.sessions_dir), reason=reason)
         self._complaint = reason
 
+    def _on_subscriber_error(self, error: Exception) -> None:
+        self._log.error("subscriber.failed", reason=f"{type(error).__name__}: {error}")
+
+    def _on_registry(self, reason: str) -> None:
+        self._log.warning("registry.unusable", reason=reason)
+
     def _on_degraded(self, reason: str) -> None:
         self._log.warning("exits.polled", reason=reason)
 
@@ -500,9 +533,11 @@ class Reconciler:
 class _Served:
     """The folder that is served now, and what looks at it and acts on it."""
 
-    def __init__(self, folder: Folder, manager: KeeperManager) -> None:
+    def __init__(
+        self, folder: Folder, manager: KeeperManager, complain: Callable[[str], None]
+    ) -> None:
         self.folder = folder
-        self.probe = manager.probe(folder)
+        self.probe = manager.probe(folder, complain)
         self.effects = Effects(self.probe, manager.ladder)
         self.why_not = "not locked"
         self.locked_by_other = False

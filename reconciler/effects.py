@@ -6,6 +6,7 @@ Every action proves once more, at the moment of acting, what the look has seen.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -19,6 +20,7 @@ from reconciler.removal import Removal, remove
 from reconciler.state import (
     Action,
     Adopt,
+    KeeperState,
     Observation,
     ProcessId,
     Rebind,
@@ -85,13 +87,13 @@ class Effects:
         """
         start = time.monotonic()
         at_once = isinstance(action, StopKeeper) and action.at_once
-        group = isinstance(action, StopKeeper)
-        with self._target(seen, action) as target:
-            left = self._children(action.process) if at_once and target.proven else ()
+        group = isinstance(action, StopKeeper) and not seen.rivals  # the winner may be in it
+        with contextlib.ExitStack() as held:
+            target = held.enter_context(self._target(seen, action))
+            left = self._agents_of(seen, action.process, held) if at_once and target.proven else []
             success, detail = await end(target, self._ladder, group=group, at_once=at_once)
-        for child in left:
-            with Target(child, lambda: True, self._processes) as target:
-                await end(target, self._ladder)
+            for agent in left:
+                await end(agent, self._ladder)
         return Done(action, success, detail, time.monotonic() - start)
 
     def _target(self, seen: Observation, action: StopKeeper | StopAgent) -> Target:
@@ -102,18 +104,36 @@ class Effects:
 
         return Target(action.process, prove, self._processes)
 
-    def _children(self, process: ProcessId) -> tuple[ProcessId, ...]:
-        """What a keeper that gets no chance to end its agent would leave behind."""
-        pids = self._processes.children(process.pid) or ()
-        facts = (self._processes.facts(pid) for pid in pids)
-        return tuple(each.process for each in facts if each.process and each.parent == process.pid)
+    def _agents_of(
+        self, seen: Observation, keeper: ProcessId, held: contextlib.ExitStack
+    ) -> list[Target]:
+        """What a keeper that gets no chance to end its agent would leave behind.
+
+        Held, and proven to be its children, while it lives. A child that is a keeper itself,
+        or that listens, is nobody's agent.
+        """
+        targets = []
+        for pid in self._processes.children(keeper.pid) or ():
+            process = self._processes.facts(pid).process
+            if process is not None and process != seen.listener:
+                prove = functools.partial(self._is_agent_of, seen.sid, process, keeper)
+                targets.append(held.enter_context(Target(process, prove, self._processes)))
+        return targets
+
+    def _is_agent_of(self, sid: str, process: ProcessId, keeper: ProcessId) -> bool:
+        facts = self._processes.facts(process.pid)
+        known = self._probe.identity.identify(sid, process.pid, facts)
+        return facts.parent == keeper.pid and known.state is not KeeperState.PROVEN
 
     def _rebind(self, sid: str, process: ProcessId) -> bool:
         def prove() -> bool:
             return self._probe.identity.proves_keeper(sid, process)
 
         with Target(process, prove, self._processes) as target:
-            return target.send(signal.SIGHUP)
+            # A keeper that was held up at its very start does not catch the signal yet.
+            return self._processes.catches(process.pid, signal.SIGHUP) and target.send(
+                signal.SIGHUP
+            )
 
     def _adopt(self, sid: str, action: Adopt) -> bool:
         """Write the pid file of a listening keeper, in place of the one that was judged."""

@@ -11,8 +11,8 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reconciler.agents import AgentProbe
@@ -35,6 +35,7 @@ from reconciler.registry import Registry
 from reconciler.spawning import OUR_KEEPER, KeeperRequest, check, default_environment, start
 from reconciler.state import (
     Desired,
+    Entry,
     KeeperState,
     Observation,
     Plan,
@@ -121,9 +122,14 @@ class KeeperManager:
         self.agent_probe = agent_probe
         self._keeper_command = tuple(keeper_command)
 
-    def probe(self, folder: Folder) -> Probe:
-        """What looks at the sessions of an open folder, set up as this manager is."""
-        registry = Registry(registry_file(folder.path))
+    def probe(self, folder: Folder, complain: Callable[[str], None] = lambda _: None) -> Probe:
+        """What looks at the sessions of an open folder, set up as this manager is.
+
+        Args:
+            folder: the sessions folder, open.
+            complain: called once for each state of the spawn registry that is not usable.
+        """
+        registry = Registry(registry_file(folder.path), complain)
         return Probe(
             folder, programs=self.programs, registry=registry, agent_probe=self.agent_probe
         )
@@ -224,10 +230,23 @@ class KeeperManager:
             sids = {sid for name in folder.names() if (sid := claims(name))}
             looks = (probe.look(sid, scanned=scanned.get(sid, ())) for sid in sids | set(scanned))
             return [
-                Finding(seen, decide(seen, Desired.AS_FOUND, self.policy))
+                self._finding(seen)
                 for seen in sorted(looks, key=lambda seen: seen.sid)
                 if not seen.empty
             ]
+
+    def _finding(self, seen: Observation) -> Finding:
+        """What a look comes to, for people: a single one takes ages from the files' own times.
+
+        Nobody acts on it. Who acts counts from what it has seen itself.
+        """
+        dated = replace(
+            seen,
+            pid_file=_dated(seen.pid_file, seen.now),
+            socket=_dated(seen.socket, seen.now),
+            agent_file=_dated(seen.agent_file, seen.now),
+        )
+        return Finding(dated, decide(dated, Desired.AS_FOUND, self.policy))
 
     def inspect(self, sid: str) -> Finding:
         """Look once at one session, and judge it. Nothing is changed.
@@ -241,7 +260,7 @@ class KeeperManager:
                 probe = self.probe(folder)
                 seen = probe.look(sid, scanned=probe.scan().get(sid, ()))
                 if not seen.empty:
-                    return Finding(seen, decide(seen, Desired.AS_FOUND, self.policy))
+                    return self._finding(seen)
         raise NoSuchSessionError(f"no session {sid} in {self.sessions_dir}")
 
     async def discover(self) -> list[KeeperEntry]:
@@ -323,6 +342,12 @@ class KeeperManager:
 
 _STOP_TRIES = 20
 _STOP_PAUSE = 0.05
+
+
+def _dated(entry: Entry, now: float) -> Entry:
+    if entry.file is None:
+        return entry
+    return replace(entry, since=now - max(0.0, time.time() - entry.file.mtime_ns / 1e9))
 
 
 def processes_of(seen: Observation) -> frozenset[ProcessId]:

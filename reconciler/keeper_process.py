@@ -148,7 +148,6 @@ class Folder:
         finally:
             os.umask(before)
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._cwd = os.open(".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
 
     def entry(self, name: str) -> os.stat_result | None:
         """What stands under the name, links not followed; None when nothing does."""
@@ -253,11 +252,14 @@ class Folder:
         return gone
 
     def _inside(self, act: Callable[[str], int | None], name: str) -> int:
-        os.fchdir(self.fd)
+        # Not held for longer: a descriptor of a folder says that this keeper serves it.
+        cwd = os.open(".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
         try:
+            os.fchdir(self.fd)
             return act(name) or 0
         finally:
-            os.fchdir(self._cwd)
+            os.fchdir(cwd)
+            os.close(cwd)
 
 
 # --- the log ------------------------------------------------------------------------------
@@ -1268,7 +1270,7 @@ def _list(value: object) -> list[object]:
 def _argument(value: object) -> bytes:
     if not isinstance(value, str) or "\0" in value:
         raise ValueError("not a string that a program can be given")
-    return value.encode()
+    return value.encode("utf-8", "surrogateescape")  # arguments need not be text
 
 
 class Notice:

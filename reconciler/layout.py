@@ -176,17 +176,20 @@ class KeeperArguments:
 def keeper_arguments(
     arguments: Sequence[str], programs: frozenset[str], platform: str = sys.platform
 ) -> KeeperArguments | None:
-    """Read a process's arguments as ``<runtime> <keeper file> <sid>``, or None.
+    """Read a process's arguments as ``<runtime> [-option]... <keeper file> <sid>``, or None.
+
+    A wrapper that stays (``timeout 1d node keeper.cjs <sid>``) names a keeper, and is none.
 
     Args:
         arguments: a process's arguments, the program first.
         programs: base names of known keeper programs.
         platform: a value of ``sys.platform``.
     """
-    for argument, following in itertools.pairwise(arguments):
+    for position, (argument, following) in enumerate(itertools.pairwise(arguments)):
         name = (
             PureWindowsPath(argument).name if platform == "win32" else posixpath.basename(argument)
         )
         if name in programs and _SID.fullmatch(following):
-            return KeeperArguments(name, following)
+            direct = all(option.startswith("-") for option in arguments[1:position])
+            return KeeperArguments(name, following) if direct else None
     return None

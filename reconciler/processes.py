@@ -97,6 +97,9 @@ class Processes(Protocol):
     def foreign(self, pid: int) -> bool:
         """Whether it is known to live in another pid namespace than we do."""
 
+    def catches(self, pid: int, number: signal.Signals) -> bool:
+        """Whether it has a handler for a signal; where that cannot be told it is taken so."""
+
     def pids(self) -> Iterable[int]:
         """All pids there are."""
 
@@ -197,6 +200,10 @@ class _Linux:
             return os.readlink(f"/proc/{pid}/ns/pid") != _own_namespace()
         return False
 
+    def catches(self, pid: int, number: signal.Signals) -> bool:
+        _, found, rest = (_read(f"/proc/{pid}/status", 65536) or b"").partition(b"\nSigCgt:")
+        return not found or bool(int(rest.split()[0], 16) >> (number - 1) & 1)
+
     def pids(self) -> Iterable[int]:
         return psutil.pids()
 
@@ -270,6 +277,9 @@ class _Portable:
 
     def foreign(self, pid: int) -> bool:  # noqa: ARG002 - these systems have no such thing
         return False
+
+    def catches(self, pid: int, number: signal.Signals) -> bool:  # noqa: ARG002 - cannot be told
+        return True
 
     def pids(self) -> Iterable[int]:
         return psutil.pids()

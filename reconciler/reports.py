@@ -83,6 +83,8 @@ class Reporter:
             "detail": done.detail,
             "duration_ms": round(done.duration * 1000, 3),
         }
+        if isinstance(done.action, StopKeeper | Rebind | Adopt):
+            more["keeper_pid"] = done.action.process.pid
         if not done.success:
             action = type(done.action).__name__
             self._tell(self._log.warning, "action.failed", seen, plan, action=action, **more)
@@ -107,18 +109,17 @@ class Reporter:
     def _tell(
         self, log: Callable[..., Any], event: str, seen: Observation, plan: Plan, **more: object
     ) -> None:
-        log(
-            event,
-            sid=seen.sid,
-            keeper_pid=seen.keeper.process.pid
-            if seen.keeper.process
-            else seen.pid_file.pid or None,
-            reason=plan.reason,
-            reconcile_id=_RECONCILE_ID.get(),
-            verdict=plan.verdict.value,
+        process = seen.keeper.process
+        told: dict[str, object] = {
+            "sid": seen.sid,
+            "keeper_pid": process.pid if process else seen.pid_file.pid or None,
+            "reason": plan.reason,
+            "reconcile_id": _RECONCILE_ID.get(),
+            "verdict": plan.verdict.value,
             **_evidence(seen),
             **more,
-        )
+        }
+        log(event, **told)
 
 
 def _evidence(seen: Observation) -> dict[str, object]:

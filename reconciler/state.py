@@ -273,6 +273,9 @@ class Policy:
     """How long a keeper may take until its agent is seen."""
     orphan_grace: float = 0.5
     """How long a keeper may outlive its agent; a healthy one ends by itself."""
+    lost_grace: float = 30.0
+    """How long a keeper of another make may take until its first file: it is not asked to
+    bind, but ended. Three times as long as a spawn waits for one."""
     rebind_grace: float = 1.0
     """How long a keeper may take to bind again after it was told to."""
 
@@ -309,14 +312,14 @@ def _decide_living(seen: Observation, desired: Desired, policy: Policy) -> Plan:
     keeper = _living(seen.keeper)
     if seen.rivals:
         return _decide_usurped(seen, keeper, policy)
+    if seen.listener is not None and seen.listener != keeper:
+        return Plan(Verdict.UNVERIFIABLE, "another process listens on the keeper's socket")
     if desired is Desired.ABSENT:
         return Plan(Verdict.STOPPING, "not wanted any more", (StopKeeper(keeper),))
     if seen.agent.state is AgentState.GONE:
         return _decide_orphan(seen, keeper, policy)
     if not seen.socket.present or seen.listening is Listening.REFUSED:
         return _decide_unreachable(seen, keeper, policy)
-    if seen.listener is not None and seen.listener != keeper:
-        return Plan(Verdict.UNVERIFIABLE, "another process listens on the keeper's socket")
     if seen.pid_file.pid != keeper.pid:
         return _decide_unnamed(seen, keeper, policy)
     if seen.agent.state is AgentState.NEVER_SEEN and seen.keeper.age < policy.start_grace:
@@ -348,6 +351,8 @@ def _decide_usurped(seen: Observation, keeper: ProcessId, policy: Policy) -> Pla
 
 def _decide_orphan(seen: Observation, keeper: ProcessId, policy: Policy) -> Plan:
     wait = policy.orphan_grace - (seen.now - seen.agent.since)
+    if seen.agent_file.kind is not EntryKind.PID:  # a child of its youth need not be its agent
+        wait = max(wait, policy.start_grace - seen.keeper.age)
     if wait > 0:
         return Plan(Verdict.ORPHAN, "agent gone, keeper should end by itself", again_after=wait)
     return Plan(Verdict.ORPHAN, "agent gone, keeper lives on", (StopKeeper(keeper),))
@@ -365,6 +370,8 @@ def _decide_unreachable(seen: Observation, keeper: ProcessId, policy: Policy) ->
         return Plan(Verdict.STARTING, "no socket that answers yet", again_after=unsettled)
     if seen.keeper.ours:
         return Plan(verdict, "keeper without a socket", (Rebind(keeper),), policy.rebind_grace)
+    if lost and (slow := policy.lost_grace - seen.keeper.age) > 0:
+        return Plan(Verdict.STARTING, "no file yet", again_after=slow)
     if lost:
         return Plan(verdict, "keeper without any file", (StopKeeper(keeper),))
     return Plan(verdict, "keeper without a socket, and it knows no way to bind again")
@@ -481,9 +488,13 @@ class SessionTable(Mapping[str, Session]):
 
     A mapping from session id to `Session`. It holds nothing that a fresh look at the
     world would not bring back, but for what was asked of it through the API.
+
+    Args:
+        complain: called with what a subscriber has raised; the others are told all the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, complain: Callable[[Exception], None] = lambda _: None) -> None:
+        self._complain = complain
         self._rows: dict[str, Session] = {}
         self._listeners: dict[object, Listener] = {}
 
@@ -534,7 +545,10 @@ class SessionTable(Mapping[str, Session]):
     def _tell(self, before: Session, after: Session) -> None:
         if _face(before) != _face(after):
             for listener in tuple(self._listeners.values()):
-                listener(after)
+                try:
+                    listener(after)
+                except Exception as error:  # noqa: BLE001 - a subscriber's trouble is its own
+                    self._complain(error)
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call ``listener`` with each changed row; the returned callable ends that."""

@@ -150,9 +150,12 @@ if sys.platform == "linux":
             self._inotify.start()
 
         def _add_watches(self, target: str) -> None:
-            for depth, (path, _, _, readable) in enumerate(self.chain, start=1):
-                if not readable:  # an ancestor that may only be passed through
+            watched = set()
+            for depth, (path, device, inode, readable) in enumerate(self.chain, start=1):
+                # An ancestor may only be passed through, or come twice ("..", a link).
+                if not readable or (path != target and (device, inode) in watched):
                     continue
+                watched.add((device, inode))
                 link: _FolderAbove
                 if path == target:
                     mask, link = _ENTRIES, _SessionsFolder(self, path)

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -44,12 +45,16 @@ def running(
     *arguments: str,
     env: Mapping[str, str] | None = None,
     held: tuple[int, ...] = (),
+    script: Path | None = None,
 ) -> Iterator[list[int]]:
     """A Python program; gives the pids that it says in its first line, the first its own."""
-    command = [sys.executable, "-I", "-S", "-c", f"import os, signal, socket, sys; {code}"]
+    text = f"import os, signal, socket, sys; {code}"
+    if script is not None:
+        script.write_text(text)
+    program = ["-c", text] if script is None else [str(script)]
     with ending(
         subprocess.Popen(
-            [*command, *arguments],
+            [sys.executable, "-I", "-S", *program, *arguments],
             stdout=subprocess.PIPE,
             text=True,
             env=env,
@@ -100,11 +105,13 @@ def keeper_without_agent(
 ) -> Iterator[list[int]]:
     """A program that runs and holds open what a keeper of this folder does, and no more."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with running(code, f"/nowhere/{program}", sid, held=(descriptor,)) as pids:
-            yield pids
-    finally:
-        os.close(descriptor)
+    with tempfile.TemporaryDirectory() as home:
+        try:
+            script = Path(home) / program
+            with running(code, sid, held=(descriptor,), script=script) as pids:
+                yield pids
+        finally:
+            os.close(descriptor)
 
 
 def spawn(manager: KeeperManager, sid: str) -> SpawnedKeeper:

@@ -46,7 +46,9 @@ from reconciler.state import Desired, Observation, Policy, Session, Verdict
 
 SID = "8c2c7f0e-2a4b-4c57-9d63-3f6f3f1f2a10"
 NODE = ("node", str(NODE_KEEPER))
-QUICK = Policy(settle=0.3, start_grace=0.6, orphan_grace=0.1, rebind_grace=0.3)
+QUICK = Policy(
+    settle=0.3, start_grace=0.6, orphan_grace=0.1, lost_grace=0.9, rebind_grace=0.3
+)
 LADDER = Ladder(term_grace=0.3, kill_grace=10.0)
 NEVER = 3600.0
 

@@ -442,8 +442,7 @@ def test_take_away_puts_back_what_was_not_meant(tmp_path: Path) -> None:
     assert folder.take_away(path.name, live)
     assert folder.take_away(path.name, live)  # gone already
     assert list(tmp_path.iterdir()) == [kept]
-    for fd in (folder.fd, folder._cwd):
-        os.close(fd)
+    os.close(folder.fd)
 
 
 @root

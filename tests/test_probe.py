@@ -53,7 +53,7 @@ SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 SOCKET, PID_FILE, AGENT_FILE = (
     file_name(role, SID) for role in (Role.SOCKET, Role.PID_FILE, Role.AGENT_PID_FILE)
 )
-NOW = Policy(settle=0, start_grace=0, orphan_grace=0)
+NOW = Policy(settle=0, start_grace=0, orphan_grace=0, lost_grace=0)
 """All graces are over."""
 
 REPO = Path(__file__).parent.parent
