@@ -207,7 +207,7 @@ def cli(ctx: click.Context) -> None:
         ctx.exit(USAGE)
 
 
-@cli.command()
+@cli.command(short_help="Keep the sessions folder right.")
 @click.option("--once", is_flag=True, help="Do one full pass, and end when it is through.")
 @click.option("--dry-run", is_flag=True, help="Decide and tell everything, and do nothing.")
 @click.option(
@@ -314,7 +314,7 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-@cli.command(cls=WithAgent)
+@cli.command(cls=WithAgent, short_help="Start a session.")
 @click.argument("sid", required=False)
 @click.option(
     "--cwd", type=click.Path(path_type=Path), help="Where the agent runs.  [default: here]"
@@ -367,6 +367,7 @@ def spawn(
     try:
         click.echo(json.dumps(told) if as_json else f"{spawned.sid} {spawned.keeper_pid}")
     except OSError as error:
+        _close_output()
         reason = f"it could not be told on standard output: {error.strerror}"
         fail(f"session {spawned.sid} was started, but {reason}", FAILURE)
 
@@ -381,7 +382,7 @@ def _variables(pairs: Iterable[str]) -> dict[str, str]:
     return variables
 
 
-@cli.command()
+@cli.command(short_help="Write lines to a session.")
 @click.argument("sid")
 @click.argument("line")
 @click.option(
@@ -389,7 +390,7 @@ def _variables(pairs: Iterable[str]) -> dict[str, str]:
     type=float,
     callback=_seconds,
     metavar="SECONDS",
-    help="When to give up.  [default: as the settings say, about 1.3 s without progress]",
+    help="When to give up.  [default: as the settings say, 3 attempts, 350 ms without progress]",
 )
 @click.option(
     "--key",
@@ -516,18 +517,21 @@ def _delivery(delivery: Delivery) -> dict[str, object]:
 
 
 def _explain(delivery: Delivery) -> NoReturn:
-    from reconciler.rpc_writer import Outcome
+    from reconciler.rpc_writer import Outcome, Reason
 
     attempts = f"{len(delivery.attempts)} attempt{'s' if len(delivery.attempts) != 1 else ''}"
     why = f"{delivery.reason.value} ({attempts})"
     if delivery.outcome is Outcome.NOT_DELIVERED:
-        fail(f"session {delivery.sid}: not delivered, {why}; safe to try again", TRY_AGAIN)
+        refused = delivery.reason is Reason.REFUSED
+        hint = f" (nobody listens: see pi-reconciler inspect {delivery.sid})" if refused else ""
+        fail(f"session {delivery.sid}: not delivered, {why}; safe to try again{hint}", TRY_AGAIN)
     total, confirmed, unsent = _counts(delivery)
-    sure = f"of {total} lines {confirmed} surely delivered, {unsent} not"
-    fail(f"session {delivery.sid}: delivery not known, {why}; {sure}", NOT_KNOWN)
+    sure = "" if total == 1 else f" ({confirmed} of {total} lines surely were, {unsent} were not)"
+    advice = "look at the session before you send it again"
+    fail(f"session {delivery.sid}: delivery not known, {why}{sure}; {advice}", NOT_KNOWN)
 
 
-@cli.command()
+@cli.command(short_help="List the sessions (alias: ps).")
 @json_option
 @pass_common
 def ls(given: Common, *, as_json: bool) -> None:
@@ -546,9 +550,11 @@ def ls(given: Common, *, as_json: bool) -> None:
         _print_json(rows)
     else:
         _print_lines(screens.table(rows))
+    if not rows and not manager.sessions_dir.is_dir():
+        click.echo(f"pi-reconciler: there is no folder {manager.sessions_dir}", err=True)
 
 
-@cli.command()
+@cli.command(short_help="Tell all that is known of a session.")
 @click.argument("sid")
 @json_option
 @pass_common
@@ -570,7 +576,7 @@ def inspect(given: Common, sid: str, *, as_json: bool) -> None:
         _print_lines(screens.told(finding, manager.sessions_dir))
 
 
-@cli.command()
+@cli.command(short_help="End sessions.")
 @click.argument("sids", nargs=-1, metavar="[SID]...")
 @click.option("--all", "everything", is_flag=True, help="Stop every session that `ls` lists.")
 @json_option
@@ -586,9 +592,13 @@ def stop(given: Common, sids: tuple[str, ...], *, everything: bool, as_json: boo
     """  # noqa: D301 - click wants the real character
     import asyncio
 
+    from reconciler.layout import check_sid
+
     manager = given.manager()
     if everything == bool(sids):
         raise click.UsageError("give session ids, or --all")
+    for sid in sids:
+        check_sid(sid)
     chosen = dict.fromkeys(sids or (finding.seen.sid for finding in manager.find()))
     results = asyncio.run(_stop_all(manager, chosen))
     if everything:  # one that has gone by itself meanwhile is no failure

@@ -552,7 +552,7 @@ class _Served:
             holder = self.folder.lock_holder() if self.locked_by_other else None
             self.why_not = (
                 f"another reconciler (process {holder or 'unknown'}) works on "
-                f"{str(self.folder.path)!r}: stop it, or run with --dry-run"
+                f"{str(self.folder.path)!r}: stop it first, or look on (dry_run, --dry-run)"
                 if self.locked_by_other
                 else ""
             )

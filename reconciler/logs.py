@@ -80,6 +80,7 @@ def make_logger(
 
 def _console(*, colors: bool) -> Processor:
     return structlog.dev.ConsoleRenderer(
+        sort_keys=False,
         colors=colors and not os.environ.get("NO_COLOR"),
         exception_formatter=structlog.dev.plain_traceback,
     )

@@ -153,8 +153,20 @@ class _Linux:
             age=time.clock_gettime(time.CLOCK_BOOTTIME) - started / self._tick,
             uid=uid,
             # A zombie that is alive is a first thread that ended before the others.
-            dying=bool((flags & _EXITING and not zombie) or int(fields[28]) & _SIGKILL_PENDING),
+            dying=self._threads_die(pid) if zombie else _dies(flags, int(fields[28])),
             kernel=bool(flags & _KERNEL_THREAD),
+        )
+
+    def _threads_die(self, pid: int) -> bool:
+        """Whether none of the threads will run its own code again."""
+        try:
+            threads = os.listdir(f"/proc/{pid}/task")
+        except OSError:
+            return False
+        lines = [_read(f"/proc/{pid}/task/{thread}/stat", 4096) for thread in threads]
+        states = [line[line.rindex(b")") + 2 :].split() for line in lines if line]
+        return all(
+            fields[0] in b"ZX" or _dies(int(fields[6]), int(fields[28])) for fields in states
         )
 
     def arguments(self, pid: int) -> tuple[str, ...] | None:
@@ -206,6 +218,10 @@ class _Linux:
 
     def pids(self) -> Iterable[int]:
         return psutil.pids()
+
+
+def _dies(flags: int, pending: int) -> bool:
+    return bool(flags & _EXITING or pending & _SIGKILL_PENDING)
 
 
 @functools.cache

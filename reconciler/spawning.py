@@ -368,7 +368,8 @@ async def _told(request: KeeperRequest, launch: _Launch, probe: Probe) -> Starte
         launch.hold(notice.get("pid"))
         if notice["event"] == "failed":
             error = _ERRORS.get(notice["reason"], KeeperStartError)
-            raise error(f"session {request.sid}: {notice['detail']}")
+            said = _last_words(request, probe) if request.capture else ""
+            raise error(f"session {request.sid}: {notice['detail']}{said}")
         if notice["event"] == last:
             return Started(notice["pid"], notice.get("agent_pid"))
     raise KeeperStartError(
@@ -401,11 +402,23 @@ async def _watched(request: KeeperRequest, launch: _Launch, probe: Probe) -> Sta
 def _tail(request: KeeperRequest, probe: Probe) -> str:
     """The end of what the keeper's logs say, for an error."""
     for role in (Role.KEEPER_LOG, Role.LAUNCH_LOG):
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with contextlib.suppress(OSError):
-            descriptor = os.open(file_name(role, request.sid), flags, dir_fd=probe.folder.fd)
-            with open(descriptor, "rb") as log:
-                log.seek(max(0, os.fstat(descriptor).st_size - _TAIL))
-                if text := log.read(_TAIL).decode(errors="replace").strip():
-                    return f"; its log ends: {text.splitlines()[-1]}"
+        if lines := _last_lines(role, request, probe):
+            return f"; its log ends: {lines[-1]}"
     return ""
+
+
+def _last_words(request: KeeperRequest, probe: Probe) -> str:
+    """The last line that a captured agent has said, for an error."""
+    lines = _last_lines(Role.KEEPER_LOG, request, probe)
+    said = [line for line in lines if '"keeper_pid"' not in line]
+    return f"; it said: {said[-1]}" if said else ""
+
+
+def _last_lines(role: Role, request: KeeperRequest, probe: Probe) -> list[str]:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(OSError):
+        descriptor = os.open(file_name(role, request.sid), flags, dir_fd=probe.folder.fd)
+        with open(descriptor, "rb") as log:
+            log.seek(max(0, os.fstat(descriptor).st_size - _TAIL))
+            return log.read(_TAIL).decode(errors="replace").strip().splitlines()
+    return []

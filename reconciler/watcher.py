@@ -150,10 +150,11 @@ if sys.platform == "linux":
             self._inotify.start()
 
         def _add_watches(self, target: str) -> None:
-            watched = set()
-            for depth, (path, device, inode, readable) in enumerate(self.chain, start=1):
+            watched: set[tuple[int, int]] = set()
+            for depth in range(len(self.chain), 0, -1):
+                path, device, inode, readable = self.chain[depth - 1]
                 # An ancestor may only be passed through, or come twice ("..", a link).
-                if not readable or (path != target and (device, inode) in watched):
+                if not readable or (device, inode) in watched:
                     continue
                 watched.add((device, inode))
                 link: _FolderAbove

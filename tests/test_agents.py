@@ -19,7 +19,7 @@ from reconciler.layout import registry_file
 from reconciler.probe import Probe
 from reconciler.processes import DEAD, HIDDEN, LINUX, Facts, Processes
 from reconciler.registry import Registry
-from reconciler.state import Agent, AgentState, Observation
+from reconciler.state import Agent, AgentState, KeeperState, Observation
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 YEAR = 365 * 24 * 3600
@@ -199,6 +199,48 @@ def test_an_agent_that_the_keeper_wrote_down_and_that_is_gone(
         assert probe.look(SID).agent.state is state
 
 
+def test_what_another_keeper_wrote_down_tells_nothing_of_this_ones_agent(
+    opened: Folder, probe: Probe
+) -> None:
+    with keeper_without_agent(opened.path, SID) as (pid,):
+        agent_file(opened.path).write_text(str(dead_pid()))
+        for text, state in ((str(dead_pid()), AgentState.NEVER_SEEN), (str(pid), AgentState.GONE)):
+            pid_file(opened.path).write_text(text)
+            seen = probe.look(SID, scanned=(pid,))
+            assert seen.keeper.process == identity(pid)
+            assert seen.agent.state is state
+
+
+@pytest.mark.parametrize("known_by", ["an earlier look", "its pid file"])
+def test_an_agent_that_is_hidden_is_not_gone(opened: Folder, known_by: str) -> None:
+    with keeper_without_agent(opened.path, SID, code=CHILD) as (pid, child):
+        pid_file(opened.path).write_text(str(pid))
+        before = None
+        if known_by == "an earlier look":
+            before = Probe(opened).look(SID, now=1.0)
+            assert before.agent.process == identity(child)
+        else:
+            agent_file(opened.path).write_text(str(child))
+        hides = Odd(
+            children=lambda _: (),
+            facts=lambda pid: HIDDEN if pid == child else LINUX.facts(pid),
+        )
+        look = Probe(opened, processes=hides).look
+        seen = look(SID, before, now=2.0)
+        assert (seen.keeper.process, seen.agent.state) == (identity(pid), AgentState.UNKNOWN)
+        assert seen.agent.evidence == f"process {child} is hidden from us"
+        assert look(SID, seen, now=3.0).agent.state is not AgentState.GONE
+        kill(pid)
+        for known in (before, seen):
+            assert look(SID, known, now=4.0).agent.state is not AgentState.GONE
+        if before is not None:
+            left = look(SID, before, now=4.0).agent
+            assert (left.state, left.process) == (AgentState.UNKNOWN, before.agent.process)
+            unseen = look(SID, seen, now=4.0)
+            again = Probe(opened).look(SID, unseen, now=5.0).agent
+            assert again.state is not AgentState.GONE
+
+
 def test_since_when_a_state_holds(opened: Folder, probe: Probe) -> None:
     with keeper_without_agent(opened.path, SID, code=CHILD) as (pid, child):
         pid_file(opened.path).write_text(str(pid))
@@ -300,6 +342,18 @@ def test_an_agent_is_known_by_the_session_that_its_dead_keeper_led(
         assert agent.process == identity(pid)
         pid_file(opened.path).write_text(str(dead_pid()))
         assert probe.look(SID).agent.state is AgentState.UNKNOWN
+
+
+def test_the_session_of_a_process_that_only_has_the_dead_keepers_pid_proves_nothing(
+    opened: Folder, probe: Probe
+) -> None:
+    code = SESSION.replace("while os.getppid() == leader: pass", "")
+    with running(code, env=environment(None, "1")) as (_, leader, pid):
+        left_by_dead_keeper(opened.path, pid, leader)
+        shift(agent_file(opened.path), -YEAR)
+        seen = probe.look(SID)
+        assert (seen.keeper.state, LINUX.facts(pid).session) == (KeeperState.RECYCLED, leader)
+        assert (seen.agent.state, seen.agent.proven) == (AgentState.UNKNOWN, False)
 
 
 def test_a_pid_file_that_names_nobody_leads_no_session(opened: Folder) -> None:

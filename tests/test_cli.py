@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WAIT, alive, bare_socket, stale_pair, until
+from conftest import WAIT, alive, bare_socket, end_all, stale_pair, until
 
+from reconciler.state import Policy
 from reconciler.testing import Behaviour, FakeKeeper
 
 PROGRAM = (sys.executable, "-m", "reconciler")
@@ -404,6 +406,7 @@ def test_write_to_a_socket_that_nobody_listens_on_is_75(cli: Cli) -> None:
     stale_pair(cli.folder, "demo")
     told = cli.fails(75, "write", "demo", LINE)
     words = "session demo: not delivered, refused (3 attempts); safe to try again"
+    words += " (nobody listens: see pi-reconciler inspect demo)"
     assert told == f"pi-reconciler: {words}\n"
     assert cli.fails(75, "write", "demo", "-", stdin=LINE.encode()) == told
     ended = cli("write", "demo", LINE, "--json")
@@ -415,7 +418,7 @@ def test_write_to_a_keeper_that_takes_a_line_and_gives_no_receipt_is_76(cli: Cli
     os.kill(pid, signal.SIGSTOP)
     told = cli.fails(76, "write", "demo", LINE)
     assert told.startswith("pi-reconciler: session demo: delivery not known, timed_out_after")
-    assert told.endswith("of 1 lines 0 surely delivered, 0 not\n")
+    assert told.endswith("; look at the session before you send it again\n")
 
 
 def test_write_to_a_keeper_that_dies_in_the_middle_is_76(cli: Cli) -> None:
@@ -477,8 +480,9 @@ def test_ls_shows_an_aligned_table_and_ps_the_same(cli: Cli) -> None:
 def test_ls_of_an_empty_or_missing_folder_is_empty(cli: Cli, *, there: bool) -> None:
     if not there:
         cli.folder.rmdir()
-    assert cli("ls", "--json") == Ended(0, "[]\n", "")
-    assert cli("ls") == Ended(0, "SID  PHASE  KEEPER  AGENT  AGE\n", "")
+    said = "" if there else f"pi-reconciler: there is no folder {cli.folder}\n"
+    assert cli("ls", "--json") == Ended(0, "[]\n", said)
+    assert cli("ls") == Ended(0, "SID  PHASE  KEEPER  AGENT  AGE\n", said)
     assert cli.folder.exists() is there
 
 
@@ -516,6 +520,22 @@ def test_inspect_tells_of_waiting_and_of_what_it_refuses(cli: Cli, tmp_path: Pat
     odd = cli("inspect", "odd").out
     assert re.search(r"phase +refused, because: pid_file: ", odd)
     assert re.search(r"would do +nothing\n", odd)
+
+
+def test_what_was_left_long_ago_is_shown_as_stale_and_cleaned_when_it_has_settled(
+    cli: Cli,
+) -> None:
+    bare_socket(path := cli.folder / "old.rpc.sock")
+    long_ago = time.time() - 3 * 24 * 3600
+    os.utime(path, (long_ago, long_ago), follow_symlinks=False)
+    assert [row["phase"] for row in cli("ls", "--json").json] == ["stale"]
+    told = cli("inspect", "old").out
+    assert "phase           stale, because: no pid file, and nobody listens" in told
+    assert "would do        remove socket" in told
+    assert path.exists()
+    begun = time.monotonic()
+    assert events(cli("run", "--once"))[:2] == ["reconciler.started", "session.cleaned"]
+    assert time.monotonic() - begun >= Policy().settle
 
 
 def test_inspect_json_holds_everything(cli: Cli) -> None:
@@ -562,6 +582,36 @@ def test_stop_all_ends_the_living_and_cleans_the_dead(cli: Cli) -> None:
     assert not alive(pid)
     assert list(cli.folder.glob("*.rpc.sock*")) == []
     assert cli("stop", "--all", "--json") == Ended(0, "[]\n", "")
+
+
+def test_stop_all_is_content_when_one_goes_by_itself_meanwhile(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "from reconciler.keeper import KeeperManager\n"
+        "find = KeeperManager.find\n"
+        "def and_then(self):\n"
+        "    found = find(self)\n"
+        "    for path in self.sessions_dir.glob('b.rpc.sock*'): path.unlink()\n"
+        "    return found\n"
+        "KeeperManager.find = and_then\n"
+    )
+    cli.env["PYTHONPATH"] = f"{tmp_path}:{cli.env['PYTHONPATH']}"
+    for sid in ("a", "b", "c"):
+        stale_pair(cli.folder, sid)
+    assert cli("stop", "--all") == Ended(0, "a stopped\nc stopped\n", "")
+    assert list(cli.folder.glob("*.rpc.sock*")) == []
+
+
+def test_stop_all_spares_another_folders_session_that_works_in_this_one(cli: Cli) -> None:
+    elsewhere = cli.folder.parents[2] / "elsewhere"
+    own = cli.spawn("a")
+    how = ("--sessions-dir", elsewhere, "--cwd", cli.folder, "--json", "--", "cat")
+    others = [cli("spawn", sid, *how).json["keeper_pid"] for sid in ("a", "b")]
+    try:
+        assert cli("stop", "--all") == Ended(0, "a stopped\n", "")
+        assert [alive(pid) for pid in (own, *others)] == [False, True, True]
+        assert len(list(elsewhere.glob("*.rpc.sock"))) == 2
+    finally:
+        end_all(elsewhere)
 
 
 def test_stop_of_one_stale_session_cleans_it(cli: Cli) -> None:
@@ -682,6 +732,21 @@ def test_run_cleans_after_a_keeper_that_was_killed_and_tells_how_fast(cli: Cli) 
     assert cleaned["duration_ms"] >= 0
 
 
+def test_run_on_a_folder_that_is_named_in_a_roundabout_way(cli: Cli) -> None:
+    """Warnings are errors in these programs."""
+    way = cli.folder / ".." / cli.folder.name
+    with cli.started(
+        "run", "--sessions-dir", way, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as daemon:
+        lines_of(daemon, "reconciler.started")
+        stale_pair(cli.folder, "old")
+        told = [line["event"] for line in lines_of(daemon, "session.cleaned")]
+        assert told == ["session.cleaned"]
+        daemon.terminate()
+        _, err = daemon.communicate(timeout=WAIT)
+        assert (daemon.returncode, err) == (0, b"")
+
+
 def test_run_writes_json_lines_to_a_pipe(cli: Cli) -> None:
     for line in cli("run", "--once").out.splitlines():
         told = json.loads(line)
@@ -712,7 +777,7 @@ def test_run_writes_the_console_form_on_a_terminal(cli: Cli) -> None:
     shown = on_a_terminal(cli, "run", "--once")
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert plain != shown, "with colours"
-    assert re.search(r"\[info +\] session.cleaned .*reason='keeper dead'.* sid=old", plain)
+    assert re.search(r"\[info +\] session.cleaned .*sid=old .*reason='keeper dead'", plain)
     with pytest.raises(json.JSONDecodeError):
         json.loads(plain.splitlines()[0])
     cli.env["NO_COLOR"] = "1"
@@ -801,6 +866,24 @@ def test_output_onto_a_full_disk_is_no_traceback(cli: Cli, command: tuple[str, .
         )
     else:
         assert (process.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_spawn_that_cannot_tell_its_session_names_it_all_the_same(
+    cli: Cli, form: tuple[str, ...]
+) -> None:
+    command = ("spawn", "demo", *form, "--", "cat")
+    with (
+        open("/dev/full", "wb") as full,
+        cli.started(*command, stdout=full, stderr=subprocess.PIPE) as process,
+    ):
+        _, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 1
+    assert err == (
+        b"pi-reconciler: session demo was started, but it could not be told on standard output: "
+        b"No space left on device\n"
+    )
+    assert [row["sid"] for row in cli("ls", "--json").json] == ["demo"]
 
 
 @pytest.mark.parametrize("command", ["ls", "ls --json", "run --once", "inspect none", "--help"])

@@ -25,6 +25,7 @@ from conftest import (
     asynchronous,
     bare_socket,
     dead_pid,
+    end_all,
     happens,
     identity,
     root,
@@ -39,16 +40,14 @@ from reconciler.errors import FolderError, FolderLockedError, NoSuchSessionError
 from reconciler.hints import AT_ONCE
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.ladder import Ladder
-from reconciler.layout import KEEPER_PROGRAM
+from reconciler.layout import KEEPER_PROGRAM, registry_file
 from reconciler.processes import SYSTEM
 from reconciler.spawning import OUR_KEEPER
 from reconciler.state import Desired, Observation, Policy, Session, Verdict
 
 SID = "8c2c7f0e-2a4b-4c57-9d63-3f6f3f1f2a10"
 NODE = ("node", str(NODE_KEEPER))
-QUICK = Policy(
-    settle=0.3, start_grace=0.6, orphan_grace=0.1, lost_grace=0.9, rebind_grace=0.3
-)
+QUICK = Policy(settle=0.3, start_grace=0.6, orphan_grace=0.1, lost_grace=0.9, rebind_grace=0.3)
 LADDER = Ladder(term_grace=0.3, kill_grace=10.0)
 NEVER = 3600.0
 
@@ -467,6 +466,65 @@ def second_keeper(folder: Path) -> Iterator[int]:
         process.wait()
 
 
+@asynchronous
+async def test_a_keeper_under_a_program_that_stays_beside_it_is_the_keeper_and_no_usurper(
+    folder: Path,
+) -> None:
+    """As a service file or a container starts it; the log is the starter's, too."""
+    settings = {
+        "PI_DASHBOARD_HOME": str(folder.parents[2]),
+        "PI_KEEPER_PI_CMD": json.dumps(HUNG[:1]),
+        "PI_KEEPER_PI_ARGS": json.dumps(HUNG[1:]),
+    }
+    log = folder / f"keeper-launch-{SID}.log"
+    command = ["sh", "-c", 'exec timeout 1d "$@" >> "$0" 2>&1', str(log), *NODE, SID]
+    with subprocess.Popen(  # noqa: ASYNC220 - it is there at once
+        command, env=os.environ | settings, stdin=subprocess.DEVNULL
+    ) as wrapper:
+        try:
+            agent_file = folder / f"{SID}.rpc.sock.pi-pid"
+            await happens(lambda: agent_file.exists() and agent_file.read_text(), "it is ready")
+            keeper = int(pid_file(folder).read_text())
+            assert SYSTEM.facts(keeper).parent == wrapper.pid
+            await happens(lambda: SYSTEM.facts(keeper).age > QUICK.start_grace)
+            async with running(manager_of(folder)) as (reconciler, told):
+                session = await ready(reconciler, SID)
+                await reconciler.settled()
+                assert session.keeper_pid == keeper
+                assert wrapper.poll() is None
+                assert answers(folder)
+                assert claims_of(folder) == ALL
+                assert told.events(SID) == []
+        finally:
+            wrapper.terminate()
+
+
+@MAKES
+@asynchronous
+async def test_another_folders_session_of_the_same_name_that_works_in_this_one_is_left_alone(
+    folder: Path, make: Make
+) -> None:
+    elsewhere = folder.parents[2] / "elsewhere" / ".pi" / "dashboard" / "sessions"
+    other = manager_of(elsewhere, make)
+    theirs = await other.spawn(SID, agent_command=HUNG, cwd=folder)
+    try:
+        await happens(lambda: SYSTEM.facts(theirs.keeper_pid).age > QUICK.lost_grace)
+        async with running(manager_of(folder)) as (reconciler, _):
+            ours = await reconciler.spawn(SID, agent_command=HUNG)
+            await ready(reconciler, SID)
+            await happens(lambda: SYSTEM.facts(ours.keeper_pid).age > QUICK.lost_grace)
+            await reconciler.settled()
+            assert reconciler.sessions[SID].keeper_pid == ours.keeper_pid
+            assert alive(ours.keeper_pid)
+            assert alive(theirs.keeper_pid)
+            assert claims_of(elsewhere) == ALL
+            await asyncio.wait_for(reconciler.stop(SID), 20)
+            assert [alive(each.keeper_pid) for each in (ours, theirs)] == [False, True]
+            assert answers(elsewhere)
+    finally:
+        end_all(elsewhere)
+
+
 # What is not touched.
 
 
@@ -774,6 +832,34 @@ async def test_stop_of_a_recycled_pid_spares_the_process(folder: Path, innocent:
         assert alive(innocent)
 
 
+@asynchronous
+async def test_a_stop_that_was_refused_does_not_come_true_later(folder: Path) -> None:
+    manager = manager_of(folder)
+    async with running(manager) as (reconciler, told):
+        found = await manager.spawn(SID, agent_command=SINK)
+        wanted = await reconciler.spawn("wanted", agent_command=SINK)
+        hostile = []
+        for spawned in (found, wanted):
+            await ready(reconciler, spawned.sid)
+            path = folder / f"{spawned.sid}.rpc.sock.pi-pid"
+            path.unlink()
+            path.symlink_to("elsewhere")
+            hostile.append(path)
+            with pytest.raises(UnverifiableError, match="agent_pid_file"):
+                await asyncio.wait_for(reconciler.stop(spawned.sid), 20)
+        for path, spawned in zip(hostile, (found, wanted), strict=True):
+            path.unlink()
+            path.write_text(str(spawned.agent_pid))
+            await ready(reconciler, spawned.sid)
+            await reconciler.settled()
+            assert alive(spawned.keeper_pid)
+        assert reconciler.sessions[SID].desired is Desired.AS_FOUND
+        assert reconciler.sessions["wanted"].desired is Desired.PRESENT
+        assert not told.of("keeper.stopped")
+        stopped = await asyncio.wait_for(reconciler.stop(SID), 20)
+        assert stopped.keeper_pid == found.keeper_pid
+
+
 # A keeper that detaches itself.
 
 FORKS_WHEN_TOLD = """
@@ -906,7 +992,74 @@ async def test_a_stop_that_fails_is_tried_again(
         assert (line["action"], line["detail"]) == ("StopKeeper", "alive after SIGKILL")
 
 
+@asynchronous
+async def test_a_subscriber_that_raises_holds_up_neither_the_loop_nor_the_others(
+    folder: Path,
+) -> None:
+    def raises(_: Session) -> None:
+        raise KeyError("a fault of theirs")
+
+    told_of: list[Verdict | None] = []
+    async with running(manager_of(folder)) as (reconciler, told):
+        reconciler.sessions.subscribe(raises)
+        reconciler.sessions.subscribe(lambda session: told_of.append(session.phase))
+        spawned = await reconciler.manager.spawn(SID, agent_command=SINK)
+        await ready(reconciler, SID)
+        os.kill(spawned.keeper_pid, signal.SIGKILL)
+        await soon(reconciler.wait_for(SID, is_in(Verdict.ABSENT)))
+        shutil.rmtree(folder)  # rows are forgotten, which is told, too
+        await happens(lambda: told.of("folder.gone"))
+        folder.mkdir()
+        stale_pair(folder, "later")
+        await gone(folder, "later")
+        assert {Verdict.READY, Verdict.ABSENT} <= set(told_of)
+        failed = told.of("subscriber.failed")
+        assert len(failed) >= 2
+        assert {(line["level"], line["reason"]) for line in failed} == {
+            ("error", "KeyError: 'a fault of theirs'")
+        }
+
+
+@asynchronous
+async def test_a_condition_that_raises_raises_where_it_is_waited_for(folder: Path) -> None:
+    def condition(session: Session) -> bool:
+        if session.phase is Verdict.READY:
+            raise ZeroDivisionError
+        return False
+
+    async with running(manager_of(folder)) as (reconciler, told):
+        waits = asyncio.create_task(reconciler.wait_for(SID, condition))
+        await reconciler.spawn(SID, agent_command=SINK)
+        with pytest.raises(ZeroDivisionError):
+            await soon(waits)
+        await ready(reconciler, SID)
+        with pytest.raises(ZeroDivisionError):
+            await soon(reconciler.wait_for(SID, condition))
+        assert not reconciler.sessions._listeners
+        assert not told.of("subscriber.failed")
+
+
 # Losing sight.
+
+
+@asynchronous
+async def test_a_broken_spawn_registry_is_told_of_once(folder: Path) -> None:
+    registry = registry_file(folder)
+    registry.write_text("{broken")
+    async with running(manager_of(folder)) as (reconciler, told):
+        for sid in (SID, "other"):
+            await reconciler.spawn(sid, agent_command=SINK)
+            await ready(reconciler, sid)
+        await reconciler.settled()
+        (line,) = told.of("registry.unusable")
+        assert line["level"] == "warning"
+        assert line["reason"].startswith(f"{registry} is not usable: ")
+        registry.write_text("{}")
+        await reconciler.settled()
+        assert len(told.of("registry.unusable")) == 2, "another state of it"
+        registry.write_text('{"entries": []}')
+        await reconciler.settled()
+        assert len(told.of("registry.unusable")) == 2
 
 
 @asynchronous
@@ -1030,6 +1183,16 @@ async def test_leaving_at_once_leaves_nothing_behind_in_the_program(folder: Path
         assert len(claims_of(folder)) == 2
     assert len(os.listdir("/proc/self/fd")) == before
     assert {line["event"] for line in told.lines} == {"reconciler.started", "reconciler.stopped"}
+
+
+@asynchronous
+async def test_it_is_entered_once(folder: Path) -> None:
+    async with running(manager_of(folder)) as (reconciler, _):
+        pass
+    with pytest.raises(RuntimeError, match="entered once"):
+        await reconciler.__aenter__()
+    async with running(manager_of(folder)):
+        pass
 
 
 @asynchronous

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,8 @@ README = (ROOT / "README.md").read_text()
 END = "--- end of output ---"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[tuple[str, str]]:
@@ -98,17 +99,44 @@ def run(shell: subprocess.Popen[str], command: str) -> str:
 
 def test_the_library_example(home: Path, environment: dict[str, str]) -> None:
     (example,) = blocks("python")
-    script = home / "example.py"
-    script.write_text(example)
+    assert printed_by(example.replace("/tmp", str(home)), home, environment) == "delivered\n"
+
+
+SCENE = """
+import asyncio
+from reconciler.sync import KeeperManager
+
+sid = KeeperManager().spawn(agent_command=["cat"]).sid
+
+async def main() -> None:
+{example}
+    print(delivery.outcome.value)
+
+asyncio.run(main())
+KeeperManager().stop(sid)
+"""
+
+
+def test_the_delivery_example(home: Path, environment: dict[str, str]) -> None:
+    (example,) = blocks("python", (ROOT / "docs" / "delivery.md").read_text())
+    script = SCENE.format(example=textwrap.indent(example, "    "))
+    assert printed_by(script, home, environment) == "delivered\n"
+
+
+def printed_by(script: str, home: Path, environment: dict[str, str]) -> str:
+    """What a script that ends well prints."""
+    path = home / "example.py"
+    path.write_text(script)
     ran = subprocess.run(
-        [sys.executable, "-W", "error", script],
+        [sys.executable, "-W", "error", path],
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert (ran.stdout, ran.returncode) == ("delivered\n", 0), ran.stderr
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def test_every_link_leads_somewhere() -> None:

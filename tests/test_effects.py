@@ -27,15 +27,17 @@ from reconciler.effects import Done, Effects
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.ladder import Ladder, end
-from reconciler.layout import Role, file_name
+from reconciler.layout import KEEPER_PROGRAM, Role, file_name
 from reconciler.probe import Probe
-from reconciler.processes import Target
+from reconciler.processes import SYSTEM, Target
 from reconciler.state import (
     Adopt,
     Agent,
     AgentState,
     Desired,
     FileId,
+    Keeper,
+    KeeperState,
     Observation,
     Plan,
     Policy,
@@ -316,6 +318,33 @@ def test_a_usurped_keeper_that_is_asked_to_end_would_take_the_winners_files(
         assert claims(node_manager.sessions_dir) == {}
 
 
+CHILDREN = """
+os.setsid()
+pids = [os.getpid()]
+for kind in ("agent", "listener", "keeper"):
+    if child := os.fork(): pids.append(child)
+    elif kind == "keeper": signal.pause()
+    else: os.execvp("sleep", ["sleep", "600"])
+print(*pids, flush=True)
+signal.pause()
+"""
+
+
+def test_of_the_children_of_a_usurped_keeper_only_its_agent_is_ended(
+    opened: Folder, probe: Probe, effects: Effects
+) -> None:
+    with keeper_without_agent(opened.path, SID, code=CHILDREN) as (pid, agent, listener, winner):
+        until(lambda: all(SYSTEM.arguments(p) == ("sleep", "600") for p in (agent, listener)))
+        rival = Keeper(KeeperState.PROVEN, identity(winner))
+        seen = replace(
+            probe.look(SID, scanned=(pid,)), listener=identity(listener), rivals=(rival,)
+        )
+        assert seen.keeper.process == identity(pid)
+        done = stop(effects, seen, StopKeeper(identity(pid), at_once=True))
+        assert (done.success, done.detail) == (True, "ended by SIGKILL")
+        assert [alive(child) for child in (agent, listener, winner)] == [False, True, True]
+
+
 # Binding again, and adopting.
 
 
@@ -335,6 +364,18 @@ def test_who_is_not_the_keeper_is_not_told(probe: Probe, effects: Effects, innoc
     done = effects.instant(probe.look(SID), Rebind(identity(innocent)))
     assert (done.success, done.detail) == (False, "not the keeper any more")
     assert alive(innocent)
+
+
+def test_a_keeper_that_does_not_catch_the_signal_yet_is_not_told(
+    opened: Folder, probe: Probe, effects: Effects
+) -> None:
+    caught = "signal.signal(signal.SIGHUP, lambda *_: None); " + WAITS + "\nsignal.pause()"
+    for code, success in ((WAITS, False), (caught, True)):
+        with keeper_without_agent(opened.path, SID, KEEPER_PROGRAM.name, code) as (pid,):
+            seen = probe.look(SID, scanned=(pid,))
+            assert (seen.keeper.process, seen.keeper.ours) == (identity(pid), True)
+            assert effects.instant(seen, Rebind(identity(pid))).success is success
+            assert alive(pid)
 
 
 @pytest.mark.parametrize("text", [None, "", "x", "dead"])

@@ -167,6 +167,17 @@ async def test_the_agent_gets_its_folder_and_environment_and_nothing_of_an_outer
     }
 
 
+@asynchronous
+async def test_arguments_that_are_no_text_reach_the_agent_byte_for_byte(
+    manager: KeeperManager, tmp_path: Path, sid: str
+) -> None:
+    odd = b"caf\xe9 \xff\n\xed\xb3\xbf"
+    code = 'printf %s "$1" > "$0"; exec cat > /dev/null'
+    out = tmp_path / "out"
+    await manager.spawn(sid, agent_command=("sh", "-c", code, str(out), os.fsdecode(odd)))
+    assert out.read_bytes() == odd
+
+
 @pytest.mark.parametrize("inside", ["PI_RECONCILER_SESSION", "PI_DASHBOARD_SPAWNED"])
 def test_a_token_is_passed_on_but_not_from_inside_of_a_session(
     monkeypatch: pytest.MonkeyPatch, inside: str

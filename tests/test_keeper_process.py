@@ -98,6 +98,20 @@ def test_what_the_agent_is_given(session: Session, out: Path, tmp_path: Path) ->
     assert told["pgid"] == os.getpgid(process.pid)
 
 
+def test_its_working_folder_is_not_held_open(session: Session, out: Path, tmp_path: Path) -> None:
+    """A descriptor of a folder says that the keeper serves it."""
+    work = tmp_path / "work"
+    work.mkdir()
+    process = session.start(into(out), cwd=work)
+    os.kill(process.pid, signal.SIGHUP)
+    session.socket.unlink()
+    os.kill(process.pid, signal.SIGHUP)
+    until(session.socket.exists)
+    held = Path(f"/proc/{process.pid}/fd")
+    assert work not in {fd.resolve() for fd in held.iterdir() if fd.exists()}
+    assert Path(f"/proc/{process.pid}/cwd").resolve() == work
+
+
 def test_defaults_stand_in_for_broken_settings(session: Session, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()

@@ -171,6 +171,8 @@ def test_every_name_of_a_session_id_fits_the_system(sid: str) -> None:
         (["keeper.cjs", UUID], "keeper.cjs"),
         (["timeout", "1d", "node", "/x/keeper.cjs", UUID], None),
         (["node", "/x/other.cjs", UUID], None),
+        (["tini", "--", "node", "/x/keeper.cjs", UUID], None),
+        (["docker", "run", "x", "node", "/x/keeper.cjs", UUID], None),
         (["node", "/x/keeper.cjs"], None),
         (["node", "/x/keeper.cjs", "../a"], None),
         (["node", "/x/keeper.cjs", "--", UUID], None),

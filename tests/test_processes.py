@@ -304,6 +304,17 @@ def test_who_lives_in_another_pid_namespace() -> None:
     assert not PORTABLE.foreign(os.getpid())
 
 
+def test_which_signals_a_process_catches(victim: subprocess.Popen[str]) -> None:
+    code = "import signal; signal.signal(signal.SIGHUP, print); print(flush=True); signal.pause()"
+    with running(code) as process:
+        line(process)
+        assert LINUX.catches(process.pid, signal.SIGHUP)
+        assert not LINUX.catches(process.pid, signal.SIGTERM)
+    assert not LINUX.catches(victim.pid, signal.SIGHUP)
+    assert LINUX.catches(dead_pid(), signal.SIGHUP), "it cannot be told"
+    assert PORTABLE.catches(victim.pid, signal.SIGHUP), "it cannot be told"
+
+
 def test_both_systems_agree() -> None:
     with running() as process, running("") as zombie:
         line(process)

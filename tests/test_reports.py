@@ -155,6 +155,15 @@ def test_only_a_clean_tells_of_the_death_before_it(desk: Desk) -> None:
     assert "since_exit_ms" not in desk.told
 
 
+def test_the_keeper_that_was_stopped_is_the_one_that_is_named(desk: Desk) -> None:
+    stop = StopKeeper(replace(KEEPER, pid=4713), at_once=True)
+    plan = Plan(Verdict.USURPED, "another keeper owns the socket", (stop,))
+    for success in (True, False):
+        desk.reporter.done(SEEN, plan, Done(stop, success, detail="", duration=0.0), None)
+        told = desk.told
+        assert (told["sid"], told["keeper_pid"], told["reason"]) == ("demo", 4713, plan.reason)
+
+
 def test_a_plan_that_may_not_be_carried_out_is_told(desk: Desk) -> None:
     plan = Plan(Verdict.STALE, "keeper dead", (REMOVE, StopKeeper(KEEPER)))
     desk.reporter.judged(SEEN, plan, acting=False)

@@ -312,6 +312,8 @@ TABLE: tuple[Row, ...] = (
      V.UNVERIFIABLE, (), None),
     ("foreign listener on a living keeper's socket", healthy(listener=STRANGER),
      V.UNVERIFIABLE, (), None),
+    ("foreign listener on a living keeper's socket, its agent gone",
+     healthy(listener=STRANGER, agent=GONE), V.UNVERIFIABLE, (), None),
     ("socket that could not be asked", left(listening=Listening.NOT_ASKED),
      V.UNVERIFIABLE, (), None),
     ("unreadable entry", healthy(pid_file=UNREADABLE), V.UNVERIFIABLE, (), None),

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -279,6 +280,19 @@ def test_recheck_finds_a_folder_that_a_link_leads_to_now(tmp_path: Path) -> None
         link.symlink_to("two")
         it.asks_for_all(it.watcher.recheck)
         it.sees_entries()
+
+
+@pytest.mark.parametrize("way", ["../sessions", ".", "again/sessions", "again/again/sessions"])
+def test_a_way_that_passes_the_same_folder_twice(folder: Path, way: str) -> None:
+    (folder.parent / "again").symlink_to(".")
+    start = folder if way.startswith(".") else folder.parent
+    with warnings.catch_warnings(record=True) as warned, watched(start / way) as it:
+        it.sees_entries()
+        it.asks_for_all(lambda: folder.rename(folder.with_name("away")))
+        it.asks_for_all(lambda: folder.with_name("away").rename(folder))
+        it.sees_entries()
+        assert it.complaints == []
+    assert [str(each.message) for each in warned] == []
 
 
 @root
