@@ -105,7 +105,8 @@ class Agents:
         for pid in (seen.agent_file.pid, registered, known, *children):
             if pid and self._processes.facts(pid).life is Life.HIDDEN:
                 text = f"process {pid} is hidden from us"
-                return Agent(AgentState.UNKNOWN, seen.now, evidence=text)
+                process = before.process if before is not None else None
+                return Agent(AgentState.UNKNOWN, seen.now, process, evidence=text)
         if evidence := _evidence_of_end(seen, before, children):
             return Agent(AgentState.GONE, seen.now, evidence=evidence)
         return Agent(AgentState.NEVER_SEEN, seen.now)

@@ -191,6 +191,8 @@ class Reconciler:
         if reason := self._may_not_act():
             raise UnverifiableError(f"session {sid} was left alone: {reason}")
         before = self.sessions.row(sid).desired
+        if before is Desired.ABSENT:  # another stop is under way: its wish is none to go back to
+            before = Desired.AS_FOUND
         self.sessions.want(sid, Desired.ABSENT)
         self._hint(sid, AT_ONCE)
         ended = {Verdict.ABSENT, Verdict.REFUSED, Verdict.UNVERIFIABLE}

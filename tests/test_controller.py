@@ -964,6 +964,26 @@ async def test_a_look_that_fails_is_tried_again_and_holds_nobody_up(
 
 
 @asynchronous
+async def test_two_stops_that_were_refused_do_not_come_true_later(folder: Path) -> None:
+    manager = manager_of(folder)
+    async with running(manager) as (reconciler, _):
+        spawned = await manager.spawn(SID, agent_command=SINK)
+        await ready(reconciler, SID)
+        agent_file = folder / f"{SID}.rpc.sock.pi-pid"
+        text = agent_file.read_text()
+        agent_file.unlink()
+        agent_file.symlink_to("elsewhere")
+        stops = (reconciler.stop(SID), reconciler.stop(SID))
+        for refused in await asyncio.gather(*stops, return_exceptions=True):
+            assert isinstance(refused, UnverifiableError)
+        assert reconciler.sessions[SID].desired is not Desired.ABSENT
+        agent_file.unlink()
+        agent_file.write_text(text)
+        await ready(reconciler, SID)
+        assert alive(spawned.keeper_pid)
+
+
+@asynchronous
 async def test_a_stop_that_fails_is_tried_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
