@@ -92,7 +92,8 @@ class Cli:
 
     @contextlib.contextmanager
     def started(self, *arguments: str | Path, **how: Any) -> Iterator[subprocess.Popen[bytes]]:  # noqa: ANN401 - Popen's own
-        process = subprocess.Popen([*PROGRAM, *arguments], env=self.env, **how)
+        # Unbuffered: a line that is read ahead would be hidden from select.
+        process = subprocess.Popen([*PROGRAM, *arguments], env=self.env, bufsize=0, **how)
         try:
             yield process
         finally:
