@@ -209,8 +209,14 @@ def _missing_logs(request: KeeperRequest, probe: Probe) -> list[str]:
 
 
 def _clean(request: KeeperRequest, probe: Probe, new_logs: Sequence[str]) -> None:
-    """Remove what a keeper that has not come up left behind."""
-    plan = decide(probe.look(request.sid), Desired.AS_FOUND, Policy())
+    """Remove what a keeper that has not come up left behind.
+
+    Another one may have come up for the session meanwhile; then the logs are its own.
+    """
+    seen = probe.look(request.sid, scanned=probe.scan().get(request.sid, ()))
+    if seen.keeper.process is not None:
+        return
+    plan = decide(seen, Desired.AS_FOUND, Policy())
     for action in plan.actions:
         if isinstance(action, Remove):
             remove(probe.folder, request.sid, action.entries)

@@ -33,6 +33,7 @@ from conftest import (
     until,
 )
 
+from reconciler import spawning
 from reconciler.errors import (
     AgentExitedError,
     AgentNotFoundError,
@@ -45,6 +46,7 @@ from reconciler.errors import (
     StillAliveError,
     UnverifiableError,
 )
+from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.ladder import Ladder
 from reconciler.layout import KEEPER_PROGRAM, InvalidSessionIdError
@@ -572,6 +574,18 @@ async def test_another_keeper_that_is_not_asked_to_be_ready_is_there_once_it_lis
     node_manager: KeeperManager, sid: str
 ) -> None:
     knock(await node_manager.spawn(sid, agent_command=SINK, ready=False))
+
+
+@asynchronous
+async def test_a_start_that_fails_spares_the_logs_of_who_came_up_meanwhile(
+    node_manager: KeeperManager, folder: Path, sid: str
+) -> None:
+    await node_manager.spawn(sid, agent_command=SINK)  # it takes no lock on its log
+    names = [f"keeper-{sid}.log", f"keeper-launch-{sid}.log"]
+    request = spawning.KeeperRequest(sid=sid, cwd=folder, env={})
+    with Folder(folder) as opened:
+        spawning._clean(request, node_manager.probe(opened), names)
+    assert all((folder / name).exists() for name in names)
 
 
 @asynchronous
