@@ -10,7 +10,7 @@ JOBS ?= 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test lint format types campaign bench agent clean
+.PHONY: help run test lint format types campaign chaos bench agent clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -38,6 +38,9 @@ format: $(VENV)/.test ## Put the code into its form
 
 campaign: $(VENV)/.test agent ## The longer races and random histories
 	PI_RECONCILER_CAMPAIGN=1 $(BIN)/pytest -m campaign $(ARGS)
+
+chaos: $(VENV)/.test agent ## Every fault of the campaign, many rounds, one row each (ARGS="-k clock")
+	PI_RECONCILER_CAMPAIGN=1 $(BIN)/pytest -m chaos --timeout 7200 $(ARGS)
 
 bench: $(VENV)/.run ## Measure, against peers in the same run (ARGS=--quick for a short one)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import pytest
-from raw_keeper import out as out  # noqa: PLC0414 - fixtures
+from chaos import Table
+from chaos import fault as fault  # noqa: PLC0414 - fixtures and hooks
+from chaos import pytest_pyfunc_call as pytest_pyfunc_call  # noqa: PLC0414
+from raw_keeper import out as out  # noqa: PLC0414
 from raw_keeper import session as session  # noqa: PLC0414
 
 from reconciler.keeper import KeeperManager
@@ -44,6 +47,10 @@ HUNG = ("sleep", "600")
 
 WAIT = 20.0
 """Seconds until a test gives up waiting for what must come. A bound, not a pause."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Table())
 
 
 def until(condition: Callable[[], object], what: str = "") -> None:
