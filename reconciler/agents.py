@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from reconciler.identity import KNOWN_PROGRAMS
-from reconciler.layout import keeper_arguments
+from reconciler.layout import SESSION_MARKER, keeper_arguments
 from reconciler.processes import SYSTEM, Facts, Life, Processes
 from reconciler.registry import Registry
 from reconciler.state import (
@@ -27,9 +27,6 @@ from reconciler.state import (
 AgentProbe = Callable[[str, int], bool | None]
 """The caller's own word on an agent: session id and keeper's pid → alive, gone (False), or
 not known (None). It is called in the event loop's thread and must not block."""
-
-MARKER = "PI_RECONCILER_SESSION"
-"""Our keeper sets it to the session id, for its agent and all that this one starts."""
 
 SPAWNED = "PI_DASHBOARD_SPAWNED"
 """Every keeper sets it to ``1`` for its agent."""
@@ -159,9 +156,10 @@ class Agents:
         maybe = Agent(AgentState.UNKNOWN, seen.now, facts.process, evidence=text)
         if facts.life is Life.HIDDEN or self._parent_is_keeper(facts):
             return maybe
-        marker, spawned = (self._processes.variable(pid, name) for name in (MARKER, SPAWNED))
-        if marker is None or spawned is None:
+        variables = self._processes.variables(pid, (SESSION_MARKER, SPAWNED))
+        if variables is None:
             return maybe if self._processes.facts(pid).process == facts.process else gone
+        marker, spawned = variables
         if spawned != "1" or marker not in {"", seen.sid}:
             return replace(gone, evidence=f"pid {pid} is another process now")
         if not (marker or _born_for(seen, facts)):

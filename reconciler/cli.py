@@ -579,12 +579,18 @@ def inspect(given: Common, sid: str, *, as_json: bool) -> None:
 @cli.command(short_help="End sessions.")
 @click.argument("sids", nargs=-1, metavar="[SID]...")
 @click.option("--all", "everything", is_flag=True, help="Stop every session that `ls` lists.")
+@click.option(
+    "--leave", is_flag=True, help="Leave alone what a session has started besides its agent."
+)
 @json_option
 @pass_common
-def stop(given: Common, sids: tuple[str, ...], *, everything: bool, as_json: bool) -> None:
+def stop(
+    given: Common, sids: tuple[str, ...], *, everything: bool, leave: bool, as_json: bool
+) -> None:
     """End sessions; returns when their processes are dead and their files gone.
 
-    SIGTERM first, SIGKILL 2 s later. What is left of a dead session is removed as well.
+    SIGTERM first, SIGKILL 2 s later. What is left of a dead session is removed as well. What
+    the agent has started (commands that still run, servers) ends with it; --leave keeps that.
 
     \b
     Two of them:                      pi-reconciler stop demo other
@@ -600,7 +606,7 @@ def stop(given: Common, sids: tuple[str, ...], *, everything: bool, as_json: boo
     for sid in sids:
         check_sid(sid)
     chosen = dict.fromkeys(sids or (finding.seen.sid for finding in manager.find()))
-    results = asyncio.run(_stop_all(manager, chosen))
+    results = asyncio.run(_stop_all(manager, chosen, leave=leave))
     if everything:  # one that has gone by itself meanwhile is no failure
         results = [each for each in results if each[0] != NO_SUCH_SESSION]
     if as_json:
@@ -609,20 +615,21 @@ def stop(given: Common, sids: tuple[str, ...], *, everything: bool, as_json: boo
         if code:
             click.echo(f"pi-reconciler: {result['error']}", err=True)
         elif not as_json:
-            click.echo(f"{result['sid']} stopped")
+            others = f", with {result['leftovers']} more that it had started"
+            click.echo(f"{result['sid']} stopped{others if result['leftovers'] else ''}")
     if failed := [code for code, _ in results if code]:
         sys.exit(NO_SUCH_SESSION if set(failed) == {NO_SUCH_SESSION} else FAILURE)
 
 
 async def _stop_all(
-    manager: KeeperManager, sids: Iterable[str]
+    manager: KeeperManager, sids: Iterable[str], *, leave: bool
 ) -> list[tuple[int, dict[str, Any]]]:
     """Stop them all at the same time; each one's outcome, in order."""
     import asyncio
 
     async def one(sid: str) -> tuple[int, dict[str, Any]]:
         try:
-            stopped = await manager.stop(sid)
+            stopped = await manager.stop(sid, leave=leave)
         except NoSuchSessionError as error:
             return NO_SUCH_SESSION, {"sid": sid, "stopped": False, "error": str(error)}
         except (ReconcilerError, OSError, ValueError) as error:
@@ -633,6 +640,7 @@ async def _stop_all(
             "stopped": True,
             "keeper_pid": stopped.keeper_pid,
             "elapsed_ms": elapsed,
+            "leftovers": stopped.leftovers,
         }
 
     return list(await asyncio.gather(*map(one, sids)))

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from reconciler.effects import Done, Effects
@@ -27,8 +27,10 @@ from reconciler.exits import Exits
 from reconciler.folder import Folder
 from reconciler.hints import AT_ONCE, Hints
 from reconciler.keeper import KeeperManager, SpawnedKeeper, StoppedSession, processes_of
-from reconciler.layout import check_sid, claims
+from reconciler.layout import CLAIM, Role, check_sid, parse_name
+from reconciler.leftovers import forget_wish
 from reconciler.logs import get_logger
+from reconciler.probe import NO_SUSPECTS, Suspects
 from reconciler.removal import is_taken, recover
 from reconciler.reports import Reporter
 from reconciler.retries import Retries
@@ -43,8 +45,7 @@ from reconciler.state import (
     Remove,
     Session,
     SessionTable,
-    StopAgent,
-    StopKeeper,
+    Stop,
     Verdict,
     decide,
 )
@@ -60,6 +61,15 @@ RESYNC = 60.0
 
 SLICE = 0.010
 """Seconds of looking after which the event loop gets its turn."""
+
+LEFTOVER_PAUSE = 1.0
+"""Seconds from a session's end until what it left behind is looked for: what ends with it
+has ended by then, and one scan does for many that end together."""
+
+LOOK_FOR_LEFTOVERS = "+"
+"""The hint to scan for leftovers; no session id can be this."""
+
+_OVER = frozenset({Verdict.ABSENT, Verdict.MISSING})
 
 
 class Reconciler:
@@ -103,7 +113,7 @@ class Reconciler:
         self._inbox_lock = threading.Lock()
         self._folder: _Served | None = None
         self._complaint = ""
-        self._scanned: dict[str, Sequence[int]] = {}
+        self._suspects: dict[str, Suspects] = {}
         self._retries = Retries()
         self._failures = Retries()
         self._exited_at: dict[str, float] = {}
@@ -171,8 +181,12 @@ class Reconciler:
         self._hint(spawned.sid, AT_ONCE)
         return spawned
 
-    async def stop(self, sid: str) -> StoppedSession:
+    async def stop(self, sid: str, *, leave: bool = False) -> StoppedSession:
         """End a session; returns when its processes are dead and its files are gone.
+
+        Args:
+            sid: the session's id.
+            leave: leave alone what the session has started besides its agent.
 
         Raises:
             NoSuchSessionError: nothing of it is there.
@@ -188,20 +202,48 @@ class Reconciler:
             self._hint(sid, AT_ONCE)
             raise
         keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
-        if reason := self._may_not_act():
+        if (reason := self._may_not_act()) or self._folder is None:
             raise UnverifiableError(f"session {sid} was left alone: {reason}")
+        self.manager.wish(self._folder.folder, sid, leave=leave)
         before = self.sessions.row(sid).desired
         if before is Desired.ABSENT:  # another stop is under way: its wish is none to go back to
             before = Desired.AS_FOUND
+        await self._end(sid, before)
+        await self.manager.outlast(processes_of(seen))
+        if leave:
+            self._hint(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
+        ended = set() if leave else await self._end_leftovers(seen)
+        await self.manager.outlast(ended)
+        elapsed = time.monotonic() - begun
+        return StoppedSession(sid, keeper.pid if keeper else None, elapsed, len(ended))
+
+    async def _end(self, sid: str, before: Desired) -> None:
+        """Want a session to be absent, and wait until that is so, or cannot be."""
         self.sessions.want(sid, Desired.ABSENT)
         self._hint(sid, AT_ONCE)
-        ended = {Verdict.ABSENT, Verdict.REFUSED, Verdict.UNVERIFIABLE}
-        session = await self.wait_for(sid, lambda row: row.plan is not None and row.phase in ended)
-        if session.phase is not Verdict.ABSENT:
+        session = await self.wait_for(sid, _is_over)
+        if session.phase in {Verdict.REFUSED, Verdict.UNVERIFIABLE}:
             self.sessions.want(sid, before)
             raise UnverifiableError(f"session {sid} was left alone: {session.reason}")
-        await self.manager.outlast(processes_of(seen))
-        return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun)
+
+    async def _end_leftovers(self, seen: Observation) -> set[ProcessId]:
+        """End what a session has left behind, until no more of it comes.
+
+        Returns:
+            What it had started, and has ended with it.
+        """
+        sid = seen.sid
+        ended = {leftover.process for leftover in seen.leftovers}
+        while self._folder is not None:
+            probe = self._folder.probe
+            suspects = await asyncio.to_thread(probe.scan_all)
+            seen = suspects.look(probe, sid)
+            if not (seen.over and seen.leftovers):
+                break
+            ended |= {leftover.process for leftover in seen.leftovers}
+            self._suspects[sid] = suspects
+            await self._end(sid, Desired.AS_FOUND)
+        return ended
 
     async def wait_for(self, sid: str, condition: Callable[[Session], bool]) -> Session:
         """Wait until a session is as described; put `asyncio.timeout` around it for a bound.
@@ -310,6 +352,8 @@ class Reconciler:
             while (key := self._hints.take(now := time.monotonic())) is not None:
                 if key == LOOK_AT_ALL:
                     self._look_at_all()
+                elif key == LOOK_FOR_LEFTOVERS:
+                    self._look_for_leftovers()
                 else:
                     self._reconcile(key)
                 if now > end:
@@ -334,7 +378,8 @@ class Reconciler:
     def _look_and_act(self, sid: str, served: _Served) -> bool:
         """Look, decide and act; whether a task has the session in work now."""
         row = self.sessions.row(sid)
-        seen = served.probe.look(sid, row.seen, scanned=self._scanned.pop(sid, ()))
+        suspects = self._suspects.pop(sid, NO_SUSPECTS)
+        seen = suspects.look(served.probe, sid, row.seen)
         plan = decide(seen, row.desired, self.manager.policy)
         news = self.sessions.record(seen, plan)
         self._exits.follow(sid, seen.watched)
@@ -344,6 +389,8 @@ class Reconciler:
             self._reporter.judged(seen, plan, acting=not self._may_not_act())
         if not plan.actions:
             self._rest(sid, plan)
+            if plan.verdict in _OVER and _was_alive(row):
+                self._hints.add(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
             return False
         if self._may_not_act() or not self._may_try(sid, plan):
             return False
@@ -378,14 +425,12 @@ class Reconciler:
         self._reporter.failed(sid, error, pause)
 
     def _act(self, seen: Observation, plan: Plan, served: _Served) -> bool:
-        slow = [a for a in plan.actions if isinstance(a, StopKeeper | StopAgent)]
+        slow = [a for a in plan.actions if isinstance(a, Stop)]
         for action in plan.actions:
             if isinstance(action, Remove | Rebind | Adopt):
                 self._tell_done(seen, plan, served.effects.instant(seen, action))
         if slow:
-            task = self._loop.create_task(self._stop(seen, plan, slow, served))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._stop(seen, plan, slow, served))
             return True
         if plan.again_after is None:
             self._hints.add(seen.sid, time.monotonic())
@@ -400,7 +445,7 @@ class Reconciler:
         self,
         seen: Observation,
         plan: Plan,
-        actions: Sequence[StopKeeper | StopAgent],
+        actions: Sequence[Stop],
         served: _Served,
     ) -> None:
         try:
@@ -436,39 +481,69 @@ class Reconciler:
         now = time.monotonic()
         for sid in self.sessions:
             self._hints.add(sid, now)
-        task = self._loop.create_task(self._find_all(served))
+        self._begin(self._find_all(served))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task that ends with the loop."""
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _find_all(self, served: _Served) -> None:
-        """Find all sessions: first the names in the folder, then the keepers without a file."""
+        """Find all sessions: first the names in the folder, then what only a scan can find."""
         try:
-            await self._list(served)
-            await self._scan(served)
+            wishes = await self._list(served)
+            suspects = await self._scan(served)
+            if not self._may_not_act():
+                for sid in wishes - suspects.marked.keys() - self.sessions.keys():
+                    forget_wish(served.folder, sid)
         except OSError as error:
             reason = f"not all could be looked at: {error.strerror}"
             self._log.warning("folder.half_read", folder=str(served.folder.path), reason=reason)
 
-    async def _list(self, served: _Served) -> None:
-        """Ask for a look at every session that a name stands for, in slices of time."""
+    async def _list(self, served: _Served) -> set[str]:
+        """Ask for a look at every session that a name stands for, in slices of time.
+
+        Returns:
+            The sessions that have a wish about their leftovers noted down.
+        """
+        wishes = set()
         end = time.monotonic() + SLICE
         for name in served.folder.names():
-            if sid := claims(name):
-                self._hint(sid, time.monotonic())
+            parsed = parse_name(name)
+            if parsed is not None and parsed.role in CLAIM:
+                self._hint(parsed.sid, time.monotonic())
+            elif parsed is not None and parsed.role is Role.LEAVE:
+                wishes.add(parsed.sid)
             elif is_taken(name) and not self._may_not_act():
                 self._recover(served.folder, name)
             if time.monotonic() > end:
                 await asyncio.sleep(0)
                 end = time.monotonic() + SLICE
+        return wishes
 
-    async def _scan(self, served: _Served) -> None:
-        """Ask for a look at every keeper: a walk over all processes, beside the loop."""
-        found = await asyncio.to_thread(served.probe.scan)
-        for sid, pids in found.items():
-            row = self.sessions.row(sid)
-            if {row.keeper_pid} != set(pids):
-                self._scanned[sid] = pids
+    async def _scan(self, served: _Served) -> Suspects:
+        """Ask for a look at what only processes tell of: a walk over them, beside the loop."""
+        suspects = await asyncio.to_thread(served.probe.scan_all)
+        for sid in suspects.sids:
+            if suspects.news_for(self.sessions.row(sid)):
+                self._suspects[sid] = suspects
                 self._hint(sid, time.monotonic())
+        return suspects
+
+    def _look_for_leftovers(self) -> None:
+        """Sessions have ended: scan for what they left behind, off the way to clean."""
+        if self._folder is None:
+            self._hints.release(LOOK_FOR_LEFTOVERS)
+        else:
+            self._begin(self._find_leftovers(self._folder))
+
+    async def _find_leftovers(self, served: _Served) -> None:
+        try:
+            await self._scan(served)
+        finally:
+            self._hints.release(LOOK_FOR_LEFTOVERS)
+            self._wake()
 
     def _recover(self, folder: Folder, name: str) -> None:
         try:
@@ -530,6 +605,17 @@ class Reconciler:
 
     def _on_unwatchable(self, reason: str) -> None:
         self._log.warning("folder.unwatched", reason=reason)
+
+
+def _is_over(row: Session) -> bool:
+    """Nothing is left of a session that is not wanted, or it cannot be ended."""
+    over = {Verdict.ABSENT, Verdict.REFUSED, Verdict.UNVERIFIABLE}
+    left = row.phase is Verdict.LEFTOVERS and row.seen is not None and row.seen.leave
+    return row.plan is not None and (row.phase in over or left)
+
+
+def _was_alive(row: Session) -> bool:
+    return row.phase not in _OVER and row.seen is not None and row.seen.seen_alive
 
 
 class _Served:

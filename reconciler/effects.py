@@ -5,11 +5,14 @@ Every action proves once more, at the moment of acting, what the look has seen.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import os
 import signal
 import time
+from collections import Counter as Tally
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from reconciler.ladder import Ladder, end
@@ -25,8 +28,10 @@ from reconciler.state import (
     ProcessId,
     Rebind,
     Remove,
+    Stop,
     StopAgent,
     StopKeeper,
+    StopLeftovers,
 )
 
 
@@ -79,13 +84,40 @@ class Effects:
                 written = self._adopt(sid, action)
                 return written, "pid file written" if written else "the pid file has changed"
 
-    async def stop(self, seen: Observation, action: StopKeeper | StopAgent) -> Done:
-        """End a process by the ladder, and return when it is dead or nothing more can be done.
+    async def stop(self, seen: Observation, action: Stop) -> Done:
+        """End processes by the ladder, and return when they are dead or no more can be done.
 
         Raises:
             OSError: no descriptor is left to hold the process by. Nothing was signalled.
         """
         start = time.monotonic()
+        if isinstance(action, StopLeftovers):
+            success, detail = await self._stop_leftovers(seen.sid, action.processes)
+        else:
+            success, detail = await self._stop_one(seen, action)
+        return Done(action, success, detail, time.monotonic() - start)
+
+    async def _stop_leftovers(self, sid: str, processes: Iterable[ProcessId]) -> tuple[bool, str]:
+        """All at the same time, each by itself: one is no proof of another in its group."""
+        with contextlib.ExitStack() as held:
+            targets = [
+                held.enter_context(
+                    Target(
+                        process,
+                        functools.partial(self._probe.leftovers.proves, sid, process),
+                        self._processes,
+                    )
+                )
+                for process in processes
+            ]
+            ends = await asyncio.gather(*(end(target, self._ladder) for target in targets))
+        details = Tally(detail for _, detail in ends)
+        told = ", ".join(f"{count} {detail}" for detail, count in details.items())
+        return all(success for success, _ in ends), told
+
+    async def _stop_one(
+        self, seen: Observation, action: StopKeeper | StopAgent
+    ) -> tuple[bool, str]:
         at_once = isinstance(action, StopKeeper) and action.at_once
         group = isinstance(action, StopKeeper) and not seen.rivals  # the winner may be in it
         with contextlib.ExitStack() as held:
@@ -94,7 +126,7 @@ class Effects:
             success, detail = await end(target, self._ladder, group=group, at_once=at_once)
             for agent in left:
                 await end(agent, self._ladder)
-        return Done(action, success, detail, time.monotonic() - start)
+        return success, detail
 
     def _target(self, seen: Observation, action: StopKeeper | StopAgent) -> Target:
         def prove() -> bool:

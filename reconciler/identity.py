@@ -135,6 +135,13 @@ class Identity:
             case _:
                 return NOBODY
 
+    def may_serve(self, sid: str, pid: int) -> bool:
+        """Whether a process that runs our keeper for ``sid`` may do so for this folder.
+
+        It holds its folder open for life, so what it holds refutes it as well.
+        """
+        return self._processes.holds(pid, self._evidence(sid)) is not False
+
     def _evidence(self, sid: str) -> frozenset[tuple[int, int]]:
         """The folder and the session's logs, by device and inode: a keeper holds one open."""
         found = {self._folder.key}

@@ -29,6 +29,7 @@ from reconciler.folder import Folder
 from reconciler.identity import KNOWN_PROGRAMS
 from reconciler.ladder import Ladder
 from reconciler.layout import check_sid, claims, registry_file, sessions_dir, socket_address
+from reconciler.leftovers import forget_wish, wish_to_leave
 from reconciler.probe import Probe
 from reconciler.processes import Target
 from reconciler.registry import Registry
@@ -41,8 +42,7 @@ from reconciler.state import (
     Plan,
     Policy,
     ProcessId,
-    StopAgent,
-    StopKeeper,
+    Stop,
     Verdict,
     decide,
 )
@@ -75,6 +75,8 @@ class StoppedSession:
     keeper_pid: int | None
     elapsed: float
     """Seconds."""
+    leftovers: int = 0
+    """Processes that it had started besides its agent, and that were ended with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,7 @@ class KeeperManager:
         with self._made_folder() as folder:
             probe = self.probe(folder)
             self._check_free(request.sid, probe)
+            forget_wish(folder, request.sid)
             started = await start(request, probe)
         socket = socket_address(self.sessions_dir, request.sid)
         return SpawnedKeeper(request.sid, started.pid, started.agent_pid, socket)
@@ -226,9 +229,9 @@ class KeeperManager:
             if folder is None:
                 return []
             probe = self.probe(folder)
-            scanned = probe.scan()
+            suspects = probe.scan_all()
             sids = {sid for name in folder.names() if (sid := claims(name))}
-            looks = (probe.look(sid, scanned=scanned.get(sid, ())) for sid in sids | set(scanned))
+            looks = (suspects.look(probe, sid) for sid in sids | suspects.sids)
             return [
                 self._finding(seen)
                 for seen in sorted(looks, key=lambda seen: seen.sid)
@@ -258,7 +261,7 @@ class KeeperManager:
         with self.open_folder() as folder:
             if folder is not None:
                 probe = self.probe(folder)
-                seen = probe.look(sid, scanned=probe.scan().get(sid, ()))
+                seen = probe.scan_all().look(probe, sid)
                 if not seen.empty:
                     return self._finding(seen)
         raise NoSuchSessionError(f"no session {sid} in {self.sessions_dir}")
@@ -281,11 +284,15 @@ class KeeperManager:
             and finding.seen.keeper.process is not None
         ]
 
-    async def stop(self, sid: str) -> StoppedSession:
+    async def stop(self, sid: str, *, leave: bool = False) -> StoppedSession:
         """End a session; returns when its processes are dead and its files are gone.
 
         SIGTERM to the keeper's process group, SIGKILL 2 s later; an agent that outlives its
-        keeper is ended the same way.
+        keeper, and what the session has started besides, is ended the same way.
+
+        Args:
+            sid: the session's id.
+            leave: leave alone what the session has started besides its agent.
 
         Raises:
             NoSuchSessionError: nothing of it is there.
@@ -298,16 +305,57 @@ class KeeperManager:
             if folder is None:
                 raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
             probe = self.probe(folder)
-            scanned = probe.scan().get(sid, ())
-            seen = probe.look(sid, scanned=scanned)
+            suspects = probe.scan_all()
+            seen = suspects.look(probe, sid)
             if seen.empty:
                 raise NoSuchSessionError(f"no session {sid} in {self.sessions_dir}")
+            self.wish(folder, sid, leave=leave)
+            seen = suspects.look(probe, sid, seen)  # an earlier wish may have ended
             keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
-            await self._stop(seen, probe, Effects(probe, self.ladder))
-        return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun)
+            left = await self._stop(seen, probe, leave=leave)
+            await self.outlast(left)
+        elapsed = time.monotonic() - begun
+        return StoppedSession(sid, keeper.pid if keeper else None, elapsed, len(left))
 
-    async def _stop(self, seen: Observation, probe: Probe, effects: Effects) -> None:
-        """Look, decide, act, and look again until nothing is left."""
+    def wish(self, folder: Folder, sid: str, *, leave: bool) -> None:
+        """Note down, for whoever works on the folder, what is to become of leftovers.
+
+        Raises:
+            FolderError: the folder cannot be written to. Nothing was changed.
+        """
+        if not leave:
+            forget_wish(folder, sid)
+            return
+        try:
+            wish_to_leave(folder, sid)
+        except OSError as error:
+            raise FolderError(
+                f"sessions folder {str(self.sessions_dir)!r} cannot be written to, to note down "
+                f"what is to be left alone: {error.strerror}"
+            ) from error
+
+    async def _stop(self, seen: Observation, probe: Probe, *, leave: bool) -> set[ProcessId]:
+        """End the session, then what it has left, until no more of it comes.
+
+        Returns:
+            What it had started, and has ended with it.
+        """
+        ended = set() if leave else {leftover.process for leftover in seen.leftovers}
+        for _ in range(_STOP_TRIES):
+            if leave:
+                seen = replace(seen, leftovers=())
+            seen = await self._stop_seen(seen, probe)
+            if leave:
+                return ended
+            seen = probe.scan_all().look(probe, seen.sid, seen)
+            if seen.empty:
+                return ended
+            ended |= {leftover.process for leftover in seen.leftovers}
+        raise StillAliveError(f"session {seen.sid} is started again and again, or starts others")
+
+    async def _stop_seen(self, seen: Observation, probe: Probe) -> Observation:
+        """Look, decide, act, and look again until nothing is left of what is seen."""
+        effects = Effects(probe, self.ladder)
         failures = 0
         processes = set(processes_of(seen))
         while (plan := decide(seen, Desired.ABSENT, self.policy)).verdict is not Verdict.ABSENT:
@@ -315,7 +363,7 @@ class KeeperManager:
                 raise UnverifiableError(f"session {seen.sid} was left alone: {plan.reason}")
             for action in plan.actions:
                 try:
-                    if isinstance(action, StopKeeper | StopAgent):
+                    if isinstance(action, Stop):
                         done = await effects.stop(seen, action)
                     else:
                         done = effects.instant(seen, action)
@@ -331,6 +379,7 @@ class KeeperManager:
             seen = probe.look(seen.sid, seen)
             processes |= processes_of(seen)
         await self.outlast(processes)
+        return seen
 
     async def outlast(self, processes: Iterable[ProcessId]) -> None:
         """Wait for those that have been killed and are not yet through with dying."""

@@ -149,6 +149,12 @@ class Folder:
             os.umask(before)
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
+    @property
+    def mark(self) -> bytes:
+        """The folder by what it is, not by a path that may move."""
+        status = os.fstat(self.fd)
+        return b"%d:%d" % (status.st_dev, status.st_ino)
+
     def entry(self, name: str) -> os.stat_result | None:
         """What stands under the name, links not followed; None when nothing does."""
         try:
@@ -1093,6 +1099,7 @@ class Keeper:
         kept = {k: v for k, v in self._environ.items() if not k.startswith(b"PI_KEEPER_")}
         kept[b"PI_DASHBOARD_SPAWNED"] = b"1"
         kept[b"PI_RECONCILER_SESSION"] = self._sid.encode()
+        kept[b"PI_RECONCILER_FOLDER"] = self._folder.mark
         output = self._output()
         try:
             self._agent = Agent(command, kept, output)

@@ -26,6 +26,13 @@ KEEPER_PROGRAM = Path(__file__).with_name("keeper_process.py")
 """Our keeper. It is run by path and imported by nobody."""
 
 
+SESSION_MARKER = "PI_RECONCILER_SESSION"
+"""Our keeper sets it to the session id for its agent, and all that this one starts inherits it."""
+
+FOLDER_MARKER = "PI_RECONCILER_FOLDER"
+"""Set beside it: the sessions folder, as `folder_mark` writes it."""
+
+
 class InvalidSessionIdError(ValueError):
     """A session id that cannot safely be a part of a file name."""
 
@@ -38,6 +45,8 @@ class Role(enum.Enum):
     AGENT_PID_FILE = "agent_pid_file"
     KEEPER_LOG = "keeper_log"
     LAUNCH_LOG = "launch_log"
+    LEAVE = "leave"
+    """The user's wish that what the session has started is left alone when it ends."""
 
 
 CLAIM = (Role.SOCKET, Role.AGENT_PID_FILE, Role.PID_FILE)
@@ -76,6 +85,11 @@ def sessions_dir(environ: Mapping[str, str], home: Path) -> Path:
     return base_dir(environ, home) / ".pi" / "dashboard" / "sessions"
 
 
+def folder_mark(device: int, inode: int) -> str:
+    """A folder as `FOLDER_MARKER` names it: by what it is, not by a path that may move."""
+    return f"{device}:{inode}"
+
+
 def registry_file(folder: Path) -> Path:
     """The dashboard's spawn registry that belongs to a sessions folder."""
     return folder.parent / "headless-pids.json"
@@ -98,6 +112,8 @@ def file_name(role: Role, sid: str, platform: str = sys.platform) -> str:
             return f"keeper-{sid}.log"
         case Role.LAUNCH_LOG:
             return f"keeper-launch-{sid}.log"
+        case Role.LEAVE:
+            return f"keeper-{sid}.leave"
         case Role.PID_FILE:
             return f"pi-rpc-{sid}.pid" if windows else f"{sid}.rpc.sock.pid"
         case Role.AGENT_PID_FILE:
@@ -141,6 +157,8 @@ def parse_name(name: str, platform: str = sys.platform) -> ParsedName | None:
 
     A name with one of our endings whose rest is no valid session id is not ours.
     """
+    if name.startswith("keeper-") and name.endswith(".leave"):
+        return _parsed(Role.LEAVE, name[len("keeper-") : -len(".leave")])
     if name.startswith("keeper-") and name.endswith(".log"):
         launch = name.startswith("keeper-launch-")
         sid = name[len("keeper-launch-" if launch else "keeper-") : -len(".log")]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from reconciler.agents import AgentProbe, Agents
 from reconciler.folder import Folder
 from reconciler.identity import KNOWN_PROGRAMS, NOBODY, NOT_ASKED, Asked, Identity
 from reconciler.layout import Role, check_sid, file_name
+from reconciler.leftovers import Leftovers, leaves
 from reconciler.processes import SYSTEM, Processes
 from reconciler.registry import Registry
 from reconciler.state import (
@@ -25,9 +26,43 @@ from reconciler.state import (
     EntryKind,
     Keeper,
     KeeperState,
+    Leftover,
     Listening,
     Observation,
+    Session,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """What a walk over all processes has found, by session id: pids, nothing proven yet."""
+
+    keepers: Mapping[str, Sequence[int]]
+    marked: Mapping[str, Sequence[int]]
+
+    @property
+    def sids(self) -> frozenset[str]:
+        """All sessions of which something was found."""
+        return frozenset(self.keepers) | frozenset(self.marked)
+
+    def news_for(self, row: Session) -> bool:
+        """Whether a session should be looked at for what was found of it.
+
+        What is marked is of interest only once its session has no keeper.
+        """
+        keepers, marked = self.keepers.get(row.sid, ()), self.marked.get(row.sid, ())
+        if keepers and {row.keeper_pid} != set(keepers):
+            return True
+        known = {left.process.pid for left in row.seen.leftovers} if row.seen else set()
+        return row.keeper_pid is None and set(marked) != known
+
+    def look(self, probe: Probe, sid: str, before: Observation | None = None) -> Observation:
+        """Look at one session, with what was found of it."""
+        keepers, marked = self.keepers.get(sid, ()), self.marked.get(sid, ())
+        return probe.look(sid, before, scanned=keepers, marked=marked)
+
+
+NO_SUSPECTS = Suspects({}, {})
 
 
 class Probe:
@@ -43,6 +78,7 @@ class Probe:
     Attributes:
         folder: the folder.
         identity: the proofs that go with it.
+        leftovers: finds what its sessions have started.
     """
 
     def __init__(
@@ -56,6 +92,7 @@ class Probe:
     ) -> None:
         self.folder = folder
         self.identity = Identity(folder, programs, processes)
+        self.leftovers = Leftovers(folder, programs, processes)
         self._agents = Agents(programs, registry, agent_probe, processes)
         self._processes = processes
 
@@ -66,6 +103,7 @@ class Probe:
         *,
         now: float | None = None,
         scanned: Iterable[int] = (),
+        marked: Iterable[int] = (),
     ) -> Observation:
         """Look at one session now.
 
@@ -74,8 +112,10 @@ class Probe:
             before: the look before this one, if there was one in this folder.
             now: monotonic seconds; the clock's own when left out.
             scanned: pids of keepers for this session that a `scan` has found.
+            marked: pids that carry its marker, found by a scan right before that one.
         """
         check_sid(sid)
+        scanned = tuple(scanned)
         now = time.monotonic() if now is None else now
         pid_file, socket, agent_file = self._entries(sid, before, now)
         claimed = self._claimed(sid, pid_file, before)
@@ -84,6 +124,7 @@ class Probe:
         rivals = self._rivals(sid, keeper, {*scanned, *_once_proven(before), *_named(asked)})
         if keeper.state in {KeeperState.NONE, KeeperState.RECYCLED} and rivals:
             keeper, *rivals = rivals
+        leftovers = self._left(sid, keeper, before, scanned, marked)
         seen = Observation(
             sid=sid,
             now=now,
@@ -97,12 +138,42 @@ class Probe:
             rivals=tuple(rivals),
             remote=self.folder.remote,
             seen_alive=_seen_alive(keeper, pid_file, socket, before),
+            leave=bool(leftovers) and leaves(self.folder, sid),
         )
-        return replace(seen, agent=self._agents.find(seen, before))
+        agent = self._agents.find(seen, before)
+        return replace(seen, agent=agent, leftovers=_without(leftovers, agent))
 
     def scan(self) -> Mapping[str, list[int]]:
         """The pids of all processes that run a known keeper program, by session id."""
         return self.identity.scan()
+
+    def scan_all(self) -> Suspects:
+        """All that a walk over the processes can find.
+
+        First what sessions have started, and then the keepers: so a keeper that lived when
+        its session's processes were found is found, too.
+        """
+        marked = self.leftovers.scan()
+        return Suspects(self.scan(), marked)
+
+    def _left(
+        self,
+        sid: str,
+        keeper: Keeper,
+        before: Observation | None,
+        scanned: Sequence[int],
+        marked: Iterable[int],
+    ) -> tuple[Leftover, ...]:
+        """What the session has started, unless a keeper may live that cannot be proven."""
+        known = before.leftovers if before is not None else ()
+        pids = {*marked, *(leftover.process.pid for leftover in known)}
+        if not pids:
+            return ()
+        if keeper.state is not KeeperState.PROVEN:
+            hidden = any(self.identity.may_serve(sid, pid) for pid in scanned)
+            if hidden or keeper.state is KeeperState.UNVERIFIABLE:
+                return ()
+        return self.leftovers.find(sid, keeper, pids)
 
     def _entries(
         self, sid: str, before: Observation | None, now: float
@@ -160,6 +231,10 @@ class Probe:
         found = (self.identity.identify(sid, pid) for pid in suspects if pid != known)
         proven = [each for each in found if each.state is KeeperState.PROVEN]
         return sorted(proven, key=lambda each: -each.age)
+
+
+def _without(leftovers: tuple[Leftover, ...], agent: Agent) -> tuple[Leftover, ...]:
+    return tuple(leftover for leftover in leftovers if leftover.process != agent.process)
 
 
 def _aged(entry: Entry, before: Entry) -> Entry:

@@ -20,7 +20,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
@@ -87,6 +87,9 @@ class Processes(Protocol):
 
         An empty string when it is not set, None when the environment cannot be read.
         """
+
+    def variables(self, pid: int, names: Sequence[str]) -> tuple[str, ...] | None:
+        """Several of them, in one read; None when the environment cannot be read."""
 
     def children(self, pid: int) -> tuple[int, ...] | None:
         """The pids of its children, zombies among them; None when they cannot be read."""
@@ -176,14 +179,15 @@ class _Linux:
         return tuple(os.fsdecode(part) for part in text.removesuffix(b"\0").split(b"\0"))
 
     def variable(self, pid: int, name: str) -> str | None:
+        values = self.variables(pid, (name,))
+        return values[0] if values is not None else None
+
+    def variables(self, pid: int, names: Sequence[str]) -> tuple[str, ...] | None:
         text = _read(f"/proc/{pid}/environ", ENVIRONMENT_LIMIT)
         if not text:
             return None
-        wanted = os.fsencode(name) + b"="
-        for part in text.split(b"\0"):
-            if part.startswith(wanted):
-                return os.fsdecode(part[len(wanted) :])
-        return ""
+        parts = b"\0" + text
+        return tuple(_value(parts, b"\0" + os.fsencode(name) + b"=") for name in names)
 
     def children(self, pid: int) -> tuple[int, ...] | None:
         try:
@@ -218,6 +222,11 @@ class _Linux:
 
     def pids(self) -> Iterable[int]:
         return psutil.pids()
+
+
+def _value(parts: bytes, wanted: bytes) -> str:
+    _, found, rest = parts.partition(wanted)
+    return os.fsdecode(rest.partition(b"\0")[0]) if found else ""
 
 
 def _dies(flags: int, pending: int) -> bool:
@@ -272,6 +281,10 @@ class _Portable:
             return psutil.Process(pid).environ().get(name, "")
         except (psutil.Error, OSError):
             return None
+
+    def variables(self, pid: int, names: Sequence[str]) -> tuple[str, ...] | None:
+        values = [self.variable(pid, name) for name in names]
+        return None if None in values else tuple(value or "" for value in values)
 
     def children(self, pid: int) -> tuple[int, ...] | None:
         try:

@@ -19,6 +19,7 @@ from reconciler.state import (
     Remove,
     StopAgent,
     StopKeeper,
+    StopLeftovers,
     Verdict,
 )
 
@@ -32,15 +33,20 @@ _TOLD_ONCE: Mapping[Verdict, str] = {
     Verdict.UNVERIFIABLE: "session.unverifiable",
     Verdict.MISSING: "session.missing",
     Verdict.UNREACHABLE: "session.unreachable",
+    Verdict.LEFTOVERS: "session.leftovers",
 }
 _EVENTS: Mapping[type, str] = {
     Remove: "session.cleaned",
     StopKeeper: "keeper.stopped",
     StopAgent: "agent.stopped",
+    StopLeftovers: "leftovers.stopped",
     Rebind: "keeper.told_to_bind",
     Adopt: "keeper.adopted",
 }
 
+
+_MOST = 20
+"""Leftovers that one line names; it counts them all."""
 
 _RECONCILE_ID = ContextVar("reconcile_id", default=0)
 """Which look a line belongs to; a task that a look has started keeps that look's."""
@@ -69,7 +75,7 @@ class Reporter:
         if plan.actions and not acting:
             actions = [type(action).__name__ for action in plan.actions]
             self._tell(self._log.info, "session.planned", seen, plan, actions=actions)
-        elif plan.verdict in _TOLD_ONCE and not plan.actions:
+        elif plan.verdict in _TOLD_ONCE and not plan.actions and not seen.leave:
             self._tell(self._log.warning, _TOLD_ONCE[plan.verdict], seen, plan)
         else:
             self._tell(self._log.debug, "session.seen", seen, plan)
@@ -133,5 +139,7 @@ def _evidence(seen: Observation) -> dict[str, object]:
         "agent": seen.agent.state.value,
         "agent_pid": seen.agent.process.pid if seen.agent.process else None,
         "agent_evidence": seen.agent.evidence,
+        "leftovers": [f"{each.process.pid} {each.name}" for each in seen.leftovers[:_MOST]],
+        "leftover_count": len(seen.leftovers) or None,
     }
-    return {key: value for key, value in evidence.items() if value not in {"", None}}
+    return {key: value for key, value in evidence.items() if value not in ("", None, [])}

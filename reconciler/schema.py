@@ -19,7 +19,7 @@ import msgspec
 from reconciler.ladder import Ladder
 from reconciler.logs import Form, Level
 from reconciler.rpc_writer import WritePolicy
-from reconciler.state import Policy
+from reconciler.state import AboutLeftovers, Policy
 
 Text = str
 Texts = tuple[str, ...]
@@ -34,7 +34,12 @@ _ALLOWED: Mapping[Any, str] = {
     Pauses: "a list of seconds from 0 to 86400",
     Count: "a whole number from 1 to 1000",
 }
-_OF_A_ROOM: Mapping[Any, Any] = {float: Seconds, int: Count, tuple[float, ...]: Pauses}
+_OF_A_ROOM: Mapping[Any, Any] = {
+    float: Seconds,
+    int: Count,
+    tuple[float, ...]: Pauses,
+    AboutLeftovers: AboutLeftovers,
+}
 
 
 def _keys(room: type) -> dict[str, Any]:

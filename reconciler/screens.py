@@ -24,6 +24,7 @@ from reconciler.state import (
     Session,
     StopAgent,
     StopKeeper,
+    StopLeftovers,
 )
 
 
@@ -38,6 +39,7 @@ def row(finding: Finding, folder: Path) -> dict[str, Any]:
         "age_s": round(finding.seen.keeper.age, 1) if session.keeper_pid else None,
         "socket": socket_address(folder, session.sid),
         "reason": session.reason,
+        "leftovers": [each.process.pid for each in finding.seen.leftovers],
     }
 
 
@@ -114,6 +116,7 @@ def told(finding: Finding, folder: Path) -> Iterator[str]:
             ("socket", _socket(seen)),
             ("pid file", _pid_file(seen.pid_file)),
             ("agent pid file", _pid_file(seen.agent_file)),
+            *([_started(seen)] if seen.leftovers else []),
             *([("filesystem", "a network's, where a dead pid proves little")] * seen.remote),
             ("", ""),
             ("phase", f"{plan.verdict.value}, because: {plan.reason}"),
@@ -157,6 +160,12 @@ def _socket(seen: Observation) -> str:
             return "there, not asked"
 
 
+def _started(seen: Observation) -> tuple[str, str]:
+    named = ", ".join(f"{each.process.pid} {each.name}" for each in seen.leftovers)
+    heading = "leftovers" if seen.over else "started"
+    return heading, f"{named} (to be left alone)" if seen.leave else named
+
+
 def _pid_file(entry: Entry) -> str:
     return f"names process {entry.pid}" if entry.kind is EntryKind.PID else _entry(entry)
 
@@ -180,6 +189,8 @@ def action_words(action: object) -> str:
             return f"stop keeper {process.pid}{' by SIGKILL' if at_once else ''}"
         case StopAgent(process):
             return f"stop agent {process.pid}"
+        case StopLeftovers(processes):
+            return f"stop {', '.join(str(process.pid) for process in processes)}"
         case Rebind(process):
             return f"tell keeper {process.pid} to bind its socket again"
         case Adopt(process):

@@ -31,7 +31,15 @@ from reconciler.errors import (
     StillAliveError,
 )
 from reconciler.ladder import Ladder, end
-from reconciler.layout import KEEPER_PROGRAM, Role, check_sid, file_name, sessions_dir
+from reconciler.layout import (
+    FOLDER_MARKER,
+    KEEPER_PROGRAM,
+    SESSION_MARKER,
+    Role,
+    check_sid,
+    file_name,
+    sessions_dir,
+)
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM, Target
 from reconciler.removal import remove, remove_logs
@@ -63,7 +71,7 @@ _DETACH = (
     "os.close(int(sys.argv[1]))\n"
     "os.execvp(sys.argv[2], sys.argv[2:])\n"
 )
-_INSIDE = frozenset({"PI_RECONCILER_SESSION", "PI_DASHBOARD_SPAWNED"})
+_INSIDE = frozenset({SESSION_MARKER, FOLDER_MARKER, "PI_DASHBOARD_SPAWNED"})
 _TOKEN = "PI_DASHBOARD_SPAWN_TOKEN"  # noqa: S105 - the name of a variable
 _MARK = "PI_KEEPER_LAUNCH"
 _ERRORS: Mapping[str, type[ReconcilerError]] = {

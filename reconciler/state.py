@@ -13,6 +13,7 @@ import enum
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from reconciler.layout import Role
 
@@ -93,6 +94,18 @@ class Keeper:
     evidence: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A process that a session has started: it carries its marker, and is not its agent.
+
+    It is left over once no keeper of the session lives.
+    """
+
+    process: ProcessId
+    name: str
+    """Its program's base name; its arguments may hold secrets."""
+
+
 class Listening(enum.Enum):
     """What a connect to a session's socket said."""
 
@@ -142,6 +155,10 @@ class Observation:
     """The folder lies on a network filesystem: the keeper may live on another host."""
     seen_alive: bool = False
     """This observer itself saw the keeper of these files alive."""
+    leftovers: tuple[Leftover, ...] = ()
+    """What it has started, as far as a scan has looked for it."""
+    leave: bool = False
+    """The user wishes that what it has started is left alone."""
 
     @property
     def entries(self) -> tuple[tuple[Role, Entry], ...]:
@@ -155,6 +172,11 @@ class Observation:
     @property
     def empty(self) -> bool:
         """Nothing of the session is there."""
+        return self.over and not self.leftovers
+
+    @property
+    def over(self) -> bool:
+        """Neither a file nor a keeper nor an agent is there."""
         return (
             not any(entry.present for _, entry in self.entries)
             and self.keeper.process is None
@@ -168,6 +190,7 @@ class Observation:
             self.keeper.process if self.keeper.state is not KeeperState.NONE else None,
             self.agent.process if self.agent.state is AgentState.ALIVE else None,
             *(rival.process for rival in self.rivals),
+            *(leftover.process for leftover in self.leftovers),
         )
         return frozenset(process for process in alive if process is not None)
 
@@ -198,6 +221,7 @@ class Verdict(enum.Enum):
     MISSING = "missing"
     REFUSED = "refused"
     UNVERIFIABLE = "unverifiable"
+    LEFTOVERS = "leftovers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +251,13 @@ class StopAgent:
 
 
 @dataclass(frozen=True, slots=True)
+class StopLeftovers:
+    """End what a session has started and left behind."""
+
+    processes: tuple[ProcessId, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Rebind:
     """Tell a keeper of ours to make its socket and pid file again."""
 
@@ -241,7 +272,10 @@ class Adopt:
     replaced: FileId | None
 
 
-Action = Remove | StopKeeper | StopAgent | Rebind | Adopt
+Stop = StopKeeper | StopAgent | StopLeftovers
+"""What takes time: a process is given a chance to end by itself."""
+
+Action = Remove | Stop | Rebind | Adopt
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,9 +297,12 @@ class Plan:
 _NOTHING = Plan(Verdict.ABSENT, "nothing is there")
 
 
+AboutLeftovers = Literal["report", "stop"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The times that decisions depend on, in seconds; the design's numbers."""
+    """What decisions depend on: times in seconds, the design's numbers, and one choice."""
 
     settle: float = 2.0
     """How long files without a keeper's proof must stay as they are to count as left."""
@@ -278,6 +315,8 @@ class Policy:
     bind, but ended. Three times as long as a spawn waits for one."""
     rebind_grace: float = 1.0
     """How long a keeper may take to bind again after it was told to."""
+    leftovers: AboutLeftovers = "report"
+    """What is done about what a session has left behind. A `stop` always ends it."""
 
 
 def decide(seen: Observation, desired: Desired, policy: Policy) -> Plan:
@@ -390,6 +429,8 @@ def _decide_unnamed(seen: Observation, keeper: ProcessId, policy: Policy) -> Pla
 
 def _decide_dead(seen: Observation, desired: Desired, policy: Policy) -> Plan:
     """The rows in which no keeper is proven to live."""
+    if seen.over and seen.leftovers:
+        return _decide_leftovers(seen, desired, policy)
     if seen.empty:
         if desired is Desired.PRESENT:
             return Plan(Verdict.MISSING, "wanted, and nothing is there")
@@ -409,6 +450,17 @@ def _decide_dead(seen: Observation, desired: Desired, policy: Policy) -> Plan:
         return Plan(Verdict.UNVERIFIABLE, f"keeper dead, {seen.agent.evidence}")
     entries = tuple((role, entry.file) for role, entry in seen.entries if entry.file)
     return Plan(Verdict.STALE, _why_stale(seen), (Remove(entries),))
+
+
+def _decide_leftovers(seen: Observation, desired: Desired, policy: Policy) -> Plan:
+    """The session is over, and what it has started is not."""
+    stop = (StopLeftovers(tuple(leftover.process for leftover in seen.leftovers)),)
+    if seen.leave:
+        return Plan(Verdict.LEFTOVERS, "left alone on purpose")
+    if desired is Desired.ABSENT:
+        return Plan(Verdict.LEFTOVERS, "not wanted any more", stop)
+    actions = stop if policy.leftovers == "stop" else ()
+    return Plan(Verdict.LEFTOVERS, "session over, what it started lives on", actions)
 
 
 def _unsettled(seen: Observation, policy: Policy) -> float:

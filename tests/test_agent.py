@@ -20,6 +20,7 @@ from conftest import (
     program_environment,
 )
 
+from reconciler.errors import NoSuchSessionError
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.rpc_writer import RpcWriter
 from reconciler.spawning import OUR_KEEPER
@@ -163,3 +164,33 @@ async def test_the_daemon_ends_and_all_is_as_it_was(
     assert (await agent.writer.write(SID, agent.append("after"))).delivered
     await happens(agent.answered("after"), "the agent answers")
     assert agent.effects == ["after"]
+
+
+@pytest.mark.parametrize("victim", ["keeper", "agent"])
+@asynchronous
+async def test_what_a_command_goes_on_with_is_told_and_ended_by_stop(
+    folder: Path, daemon: Daemon, victim: str
+) -> None:
+    agent = Agent(folder, OUR_KEEPER)
+    spawned = await agent.spawn()
+    slow = {"type": "bash", "command": "sleep 1000", "id": "slow"}
+    assert (await agent.writer.write(SID, slow)).delivered
+    await happens(lambda: "sleep" in left_by(agent.manager), "the command runs")
+    pid = left_by(agent.manager)["sleep"]
+    os.kill(spawned.keeper_pid if victim == "keeper" else spawned.agent_pid or 0, signal.SIGKILL)
+    await happens(lambda: daemon.of("session.leftovers", SID), "the log tells it")
+    (line,) = daemon.of("session.leftovers", SID)
+    assert f"{pid} sleep" in line["leftovers"]
+    assert alive(pid)
+    assert agent.files == []
+    assert (await agent.manager.stop(SID)).leftovers == line["leftover_count"]
+    assert not alive(pid)
+
+
+def left_by(manager: KeeperManager) -> dict[str, int]:
+    """What the session has started: pids by the names of the programs."""
+    try:
+        seen = manager.inspect(SID).seen
+    except NoSuchSessionError:
+        return {}
+    return {each.name: each.process.pid for each in seen.leftovers}

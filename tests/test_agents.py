@@ -12,10 +12,10 @@ import pytest
 from conftest import alive, dead_pid, identity, until
 from stand_ins import WAITS, agent_of, keeper_without_agent, kill, running, spawn
 
-from reconciler.agents import MARKER, SPAWNED, AgentProbe, Agents
+from reconciler.agents import SPAWNED, AgentProbe, Agents
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
-from reconciler.layout import registry_file
+from reconciler.layout import SESSION_MARKER, registry_file
 from reconciler.probe import Probe
 from reconciler.processes import DEAD, HIDDEN, LINUX, Facts, Processes
 from reconciler.registry import Registry
@@ -274,7 +274,7 @@ def left_by_dead_keeper(folder: Path, agent: int, keeper: int | None = None) -> 
 
 
 def environment(marker: str | None, spawned: str | None) -> dict[str, str]:
-    given = {MARKER: marker, SPAWNED: spawned, "PATH": os.environ["PATH"]}
+    given = {SESSION_MARKER: marker, SPAWNED: spawned, "PATH": os.environ["PATH"]}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -369,7 +369,9 @@ def test_a_pid_file_that_names_nobody_leads_no_session(opened: Folder) -> None:
 def test_the_child_of_a_living_keeper_is_nobodys_leftover(opened: Folder) -> None:
     """Of whichever folder, and though all else fits."""
     with keeper_without_agent(opened.path.parent, "s2", code=CHILD) as (_, child):
-        marked = Odd(variable=lambda _, name: {MARKER: SID, SPAWNED: "1"}[name])
+        marked = Odd(
+            variables=lambda _, names: tuple({SESSION_MARKER: SID, SPAWNED: "1"}[n] for n in names)
+        )
         left_by_dead_keeper(opened.path, child)
         agent = Probe(opened, processes=marked).look(SID).agent
         assert (agent.state, agent.proven) == (AgentState.UNKNOWN, False)
@@ -379,7 +381,7 @@ def test_the_child_of_a_living_keeper_is_nobodys_leftover(opened: Folder) -> Non
 def test_an_environment_that_cannot_be_read_says_nothing(opened: Folder, probe: Probe) -> None:
     with running(env={}) as (pid,):
         left_by_dead_keeper(opened.path, pid)
-        assert LINUX.variable(pid, MARKER) is None
+        assert LINUX.variable(pid, SESSION_MARKER) is None
         agent = probe.look(SID).agent
         assert (agent.state, agent.proven) == (AgentState.UNKNOWN, False)
 

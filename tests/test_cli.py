@@ -447,7 +447,8 @@ def test_ls_gives_a_list_of_objects(cli: Cli) -> None:
     pid = cli.spawn("demo")
     stale_pair(cli.folder, "old")
     ready, stale = cli("ls", "--json").json
-    assert list(ready) == ["sid", "phase", "keeper_pid", "agent_pid", "age_s", "socket", "reason"]
+    keys = ["sid", "phase", "keeper_pid", "agent_pid", "age_s", "socket", "reason", "leftovers"]
+    assert list(ready) == keys
     assert (ready["sid"], ready["phase"], ready["keeper_pid"]) == ("demo", "ready", pid)
     assert alive(ready["agent_pid"])
     assert ready["socket"] == str(cli.folder / "demo.rpc.sock")
@@ -457,6 +458,7 @@ def test_ls_gives_a_list_of_objects(cli: Cli) -> None:
         "keeper_pid": None,
         "agent_pid": None,
         "age_s": None,
+        "leftovers": [],
         "socket": "",
         "reason": "keeper dead",
     }

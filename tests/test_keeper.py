@@ -137,6 +137,11 @@ async def test_a_missing_folder_is_made_for_its_owner_alone(tmp_path: Path, sid:
         end_all(folder)
 
 
+def mark_of(folder: Path) -> str:
+    status = folder.stat()
+    return f"{status.st_dev}:{status.st_ino}"
+
+
 @asynchronous
 async def test_the_agent_gets_its_folder_and_environment_and_nothing_of_an_outer_session(
     manager: KeeperManager, tmp_path: Path, sid: str
@@ -149,6 +154,7 @@ async def test_the_agent_gets_its_folder_and_environment_and_nothing_of_an_outer
         "PI_KEEPER_SESSIONS_DIR": "/nowhere",
         "PI_KEEPER_ANYTHING": "1",
         "PI_RECONCILER_SESSION": "outer",
+        "PI_RECONCILER_FOLDER": "outer",
         "PI_DASHBOARD_SPAWNED": "outer",
     }
     env = {"PATH": os.environ["PATH"], "OWN": "a value", TOKEN: "single use", **outer}
@@ -165,6 +171,7 @@ async def test_the_agent_gets_its_folder_and_environment_and_nothing_of_an_outer
         "OWN": "a value",
         TOKEN: "single use",
         "PI_RECONCILER_SESSION": sid,
+        "PI_RECONCILER_FOLDER": mark_of(manager.sessions_dir),
         "PI_DASHBOARD_SPAWNED": "1",
     }
 
@@ -180,11 +187,14 @@ async def test_arguments_that_are_no_text_reach_the_agent_byte_for_byte(
     assert out.read_bytes() == odd
 
 
-@pytest.mark.parametrize("inside", ["PI_RECONCILER_SESSION", "PI_DASHBOARD_SPAWNED"])
+INSIDE = ("PI_RECONCILER_SESSION", "PI_RECONCILER_FOLDER", "PI_DASHBOARD_SPAWNED")
+
+
+@pytest.mark.parametrize("inside", INSIDE)
 def test_a_token_is_passed_on_but_not_from_inside_of_a_session(
     monkeypatch: pytest.MonkeyPatch, inside: str
 ) -> None:
-    for name in ("PI_RECONCILER_SESSION", "PI_DASHBOARD_SPAWNED"):
+    for name in INSIDE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(TOKEN, "single use")
     assert default_environment()[TOKEN] == "single use"

@@ -180,7 +180,7 @@ def test_a_verdict_without_actions_is_told_where_somebody_must_know(
 ) -> None:
     desk.reporter.judged(SEEN, Plan(verdict, "so it is"), acting=True)
     told = desk.told
-    warned = {"refused", "unverifiable", "missing", "unreachable"}
+    warned = {"refused", "unverifiable", "missing", "unreachable", "leftovers"}
     assert (told["event"], told["level"]) == (
         (f"session.{verdict.value}", "warning")
         if verdict.value in warned

@@ -18,6 +18,7 @@ from reconciler.state import (
     FileId,
     Keeper,
     KeeperState,
+    Leftover,
     Listening,
     Observation,
     Plan,
@@ -29,6 +30,7 @@ from reconciler.state import (
     SessionTable,
     StopAgent,
     StopKeeper,
+    StopLeftovers,
     Verdict,
     decide,
 )
@@ -77,6 +79,8 @@ REMOVE_SOCKET = Remove(((Role.SOCKET, SOCKET_FILE),))
 REMOVE_ALL = Remove(
     ((Role.SOCKET, SOCKET_FILE), (Role.AGENT_PID_FILE, AGENT_FILE), (Role.PID_FILE, PID_FILE))
 )
+LEFT = (Leftover(STRANGER, "sleep"),)
+STOP_LEFT = StopLeftovers((STRANGER,))
 V = Verdict
 
 
@@ -149,6 +153,11 @@ def left(
 
 def nothing(*, keeper: Keeper = NONE, agent: Agent = NEVER) -> Observation:
     return left(pid_file=ABSENT, socket=ABSENT, agent_file=ABSENT, keeper=keeper, agent=agent)
+
+
+def over(*, leave: bool = False) -> Observation:
+    """A session of which only what it had started is there."""
+    return replace(nothing(), leftovers=LEFT, leave=leave)
 
 
 def fileless(*, keeper: Keeper, agent: Agent = ALIVE) -> Observation:
@@ -357,6 +366,11 @@ WISHED: tuple[tuple[str, Desired, Observation, Verdict, tuple[Action, ...]], ...
     ("wanted, orphan", Desired.PRESENT, healthy(agent=GONE), V.ORPHAN, (StopKeeper(KEEPER),)),
     ("wanted, dead", Desired.PRESENT, left(), V.STALE, (REMOVE_ALL,)),
     ("missing", Desired.PRESENT, nothing(), V.MISSING, ()),
+    ("leftovers", FOUND, over(), V.LEFTOVERS, ()),
+    ("unwanted, leftovers", Desired.ABSENT, over(), V.LEFTOVERS, (STOP_LEFT,)),
+    ("unwanted, leftovers to be left alone", Desired.ABSENT, over(leave=True), V.LEFTOVERS, ()),
+    ("leftovers of a session that lives", FOUND, replace(healthy(), leftovers=LEFT), V.READY, ()),
+    ("leftovers beside files", FOUND, replace(left(), leftovers=LEFT), V.STALE, (REMOVE_ALL,)),
 )  # fmt: skip
 
 
@@ -368,6 +382,20 @@ def test_what_is_wanted(
 ) -> None:
     plan = decide(seen, desired, POLICY)
     assert (plan.verdict, plan.actions) == (verdict, actions)
+
+
+@pytest.mark.parametrize(
+    ("leave", "actions"), [(False, (STOP_LEFT,)), (True, ())], ids=["end", "left on purpose"]
+)
+def test_the_policy_may_end_leftovers(*, leave: bool, actions: tuple[Action, ...]) -> None:
+    plan = decide(over(leave=leave), FOUND, Policy(leftovers="stop"))
+    assert (plan.verdict, plan.actions) == (Verdict.LEFTOVERS, actions)
+
+
+def test_leftovers_are_watched_and_keep_a_session_from_being_gone() -> None:
+    assert STRANGER in over().watched
+    assert over().over
+    assert not over().empty
 
 
 @pytest.mark.parametrize(
