@@ -436,7 +436,7 @@ def write(
     claims = (Role.SOCKET, Role.PID_FILE)
     if not any(os.path.lexists(folder / file_name(role, sid)) for role in claims):
         raise NoSuchSessionError(f"no session {sid} in {folder}")
-    _explain(delivery)
+    _explain(delivery, folder)
 
 
 def _write_stdin(writer: BlockingRpcWriter, sid: str, timeout: float | None) -> ManyDelivery:
@@ -516,14 +516,18 @@ def _delivery(delivery: Delivery) -> dict[str, object]:
     }
 
 
-def _explain(delivery: Delivery) -> NoReturn:
+def _explain(delivery: Delivery, folder: Path) -> NoReturn:
     from reconciler.rpc_writer import Outcome, Reason
+    from reconciler.trust import distrust_at
 
     attempts = f"{len(delivery.attempts)} attempt{'s' if len(delivery.attempts) != 1 else ''}"
     why = f"{delivery.reason.value} ({attempts})"
     if delivery.outcome is Outcome.NOT_DELIVERED:
-        refused = delivery.reason is Reason.REFUSED
-        hint = f" (nobody listens: see pi-reconciler inspect {delivery.sid})" if refused else ""
+        hint = ""
+        if delivery.reason is Reason.REFUSED:
+            hint = f" (nobody listens: see pi-reconciler inspect {delivery.sid})"
+        elif delivery.reason is Reason.UNTRUSTED_FOLDER:
+            hint = f" ({folder}: {distrust_at(folder)})"
         fail(f"session {delivery.sid}: not delivered, {why}; safe to try again{hint}", TRY_AGAIN)
     total, confirmed, unsent = _counts(delivery)
     sure = "" if total == 1 else f" ({confirmed} of {total} lines surely were, {unsent} were not)"

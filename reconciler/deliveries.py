@@ -33,6 +33,9 @@ class Reason(enum.Enum):
 
     NO_SOCKET = "no_socket"
     """No socket, or no sessions folder."""
+    UNTRUSTED_FOLDER = "untrusted_folder"
+    """Others can exchange what stands in the sessions folder: it, or one above it, is
+    another user's or open to others' writing. The command line says which, and the mend."""
     NOT_A_SOCKET = "not_a_socket"
     """Something else stands under the socket's name: a link, a file."""
     REFUSED = "refused"

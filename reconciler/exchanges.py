@@ -34,6 +34,7 @@ from reconciler.deliveries import (
 from reconciler.lanes import Lanes, Turn
 from reconciler.link import Link, connect
 from reconciler.messages import InvalidMessageError, Message, encode, keyed
+from reconciler.trust import Trust
 from reconciler.waiting import (
     AttemptError,
     FinalError,
@@ -65,6 +66,7 @@ class Desk:
         self.folder = folder
         self.policy = policy
         self.lanes = Lanes()
+        self.trust = Trust()
         self.keys = _Keys()
 
     def exchange(
@@ -256,7 +258,7 @@ class Exchange:
         if patience.over:
             raise TransientError(Reason.TIMED_OUT_BEFORE)
         yield from self._streams_first(patience)
-        self._link = yield from connect(self._desk.folder, self.sid, patience)
+        self._link = yield from connect(self._desk.folder, self.sid, patience, self._desk.trust)
         return self._link
 
     def _streams_first(self, patience: Patience) -> Script[None]:

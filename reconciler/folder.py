@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from reconciler import trust
 from reconciler.processes import has_exited
 from reconciler.state import Entry, EntryKind, FileId
 
@@ -129,13 +130,7 @@ class Folder:
 
     def distrust(self) -> str:
         """Why what stands in the folder must not be acted upon, or nothing."""
-        status = os.fstat(self.fd)
-        if status.st_uid != os.geteuid():
-            return f"the folder belongs to uid {status.st_uid}, not to us (uid {os.geteuid()})"
-        if status.st_mode & stat.S_IWOTH:
-            mode = stat.S_IMODE(status.st_mode)
-            return f"everybody may write to the folder (mode {mode:04o}): chmod o-w it"
-        return ""
+        return trust.distrust(self.fd, self.path)
 
     def lock(self) -> bool:
         """Take the folder for one reconciler; False when another one has it.

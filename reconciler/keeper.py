@@ -195,14 +195,23 @@ class KeeperManager:
     @contextlib.contextmanager
     def _made_folder(self) -> Iterator[Folder]:
         try:
-            self.sessions_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            paths = (*reversed(self.sessions_dir.parents), self.sessions_dir)
+            for path in [path for path in paths if not path.exists()]:
+                path.mkdir(mode=0o700, exist_ok=True)  # those above as well, whatever the umask
             folder = Folder(self.sessions_dir)
         except OSError as error:
             raise FolderError(
                 f"sessions folder {str(self.sessions_dir)!r} cannot be used: {error.strerror}"
             ) from error
         with folder:
+            self._refuse_untrusted(folder)
             yield folder
+
+    def _refuse_untrusted(self, folder: Folder) -> None:
+        if reason := folder.distrust():
+            raise FolderError(
+                f"sessions folder {str(self.sessions_dir)!r} cannot be trusted: {reason}"
+            )
 
     @contextlib.contextmanager
     def open_folder(self) -> Iterator[Folder | None]:
@@ -297,6 +306,7 @@ class KeeperManager:
         Raises:
             NoSuchSessionError: nothing of it is there.
             UnverifiableError: whose its process or file is cannot be proven. Nothing was done.
+            FolderError: the folder cannot be read or trusted. Nothing was done.
             StillAliveError: a process hangs in the kernel and outlives SIGKILL.
         """
         check_sid(sid)
@@ -304,6 +314,7 @@ class KeeperManager:
         with self.open_folder() as folder:
             if folder is None:
                 raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
+            self._refuse_untrusted(folder)
             probe = self.probe(folder)
             suspects = probe.scan_all()
             seen = suspects.look(probe, sid)

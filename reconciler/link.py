@@ -18,6 +18,7 @@ from pathlib import Path
 
 from reconciler import layout
 from reconciler.deliveries import Reason
+from reconciler.trust import Trust
 from reconciler.waiting import (
     AttemptError,
     FinalError,
@@ -306,11 +307,13 @@ def _is_ours(pid: int, sid: str) -> bool:
     return said is not None and said.sid == sid
 
 
-def connect(folder: Path, sid: str, patience: Patience) -> Script[Link]:
+def connect(folder: Path, sid: str, patience: Patience, trust: Trust) -> Script[Link]:
     """Connect to the session's keeper, and to nobody else."""
     try:
         with contextlib.ExitStack() as opened:
             folder_fd = _opened(opened, folder, os.O_PATH | os.O_DIRECTORY)
+            if trust.distrust(folder_fd, folder):
+                raise FinalError(Reason.UNTRUSTED_FOLDER)
             address = _address(opened, folder_fd, sid)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:

@@ -414,6 +414,28 @@ def test_write_to_a_socket_that_nobody_listens_on_is_75(cli: Cli) -> None:
     assert (ended.code, ended.json["outcome"], ended.json["unsent"]) == (75, "not_delivered", 1)
 
 
+@pytest.mark.parametrize("above", [False, True])
+def test_in_a_folder_that_others_may_write_to_nothing_is_done_and_the_mend_is_told(
+    cli: Cli, *, above: bool
+) -> None:
+    cli.spawn("demo")
+    wrong = cli.folder.parent if above else cli.folder
+    wrong.chmod(0o777)
+    mend = "(mode 0777): chmod go-w it"
+    for arguments in (("spawn", "second", "--", "cat"), ("stop", "demo"), ("stop", "--all")):
+        assert mend in cli.fails(1, *arguments)
+    ended = cli("run", "--once")
+    assert ended.code == 1
+    assert mend in ended.err
+    assert mend in ended.out, "and in its log"
+    assert mend in cli.fails(75, "write", "demo", LINE)
+    assert mend in cli.fails(75, "write", "demo", "-", stdin=LINE.encode())
+    assert [row["phase"] for row in cli("ls", "--json").json] == ["ready"]
+    wrong.chmod(0o700)
+    assert cli("write", "demo", LINE).code == 0
+    assert cli("stop", "demo").code == 0
+
+
 def test_write_to_a_keeper_that_takes_a_line_and_gives_no_receipt_is_76(cli: Cli) -> None:
     pid = cli.spawn("demo")
     os.kill(pid, signal.SIGSTOP)

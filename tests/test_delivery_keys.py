@@ -44,6 +44,7 @@ from reconciler.rpc_writer import (
     encode,
 )
 from reconciler.testing import Behaviour, FakeKeeper
+from reconciler.trust import Trust
 from reconciler.waiting import Patience, Script
 
 D, N, U = Outcome.DELIVERED, Outcome.NOT_DELIVERED, Outcome.UNCONFIRMED
@@ -112,10 +113,10 @@ def before_connection(
     """Do something right before the writer's connection of that number."""
     connect, count = link.connect, itertools.count(1)
 
-    def connecting(folder: Path, sid: str, patience: Patience) -> Script[link.Link]:
+    def connecting(folder: Path, sid: str, patience: Patience, trust: Trust) -> Script[link.Link]:
         if next(count) == number:
             act()
-        return connect(folder, sid, patience)
+        return connect(folder, sid, patience, trust)
 
     monkeypatch.setattr(exchanges, "connect", connecting)
 

@@ -353,24 +353,6 @@ def test_accesses_stay_with_the_folder_that_was_opened(opened: Folder, tmp_path:
     assert list(opened.names()) == [NAME]
 
 
-@pytest.mark.parametrize(
-    ("mode", "why"), [(0o700, ""), (0o755, ""), (0o770, ""), (0o777, "(mode 0777): chmod o-w it")]
-)
-def test_a_folder_that_everybody_may_write_to_is_not_trusted(
-    opened: Folder, mode: int, why: str
-) -> None:
-    opened.path.chmod(mode)
-    assert opened.distrust().endswith(why)
-    assert bool(opened.distrust()) == bool(why)
-
-
-@root
-@pytest.mark.root
-def test_a_folder_of_another_user_is_not_trusted(opened: Folder) -> None:
-    os.chown(opened.path, NOBODY, NOBODY)
-    assert "belongs to uid 65534" in opened.distrust()
-
-
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Folder(tmp_path / "nowhere")

@@ -317,7 +317,8 @@ async def test_a_folder_that_cannot_be_written_or_made_is_refused(sid: str) -> N
     base = Path(tempfile.mkdtemp(prefix="reconciler-", dir="/tmp"))
     try:
         base.chmod(0o755)
-        (base / "sessions").mkdir()
+        (base / "sessions").mkdir(mode=0o500)
+        os.chown(base / "sessions", 65534, 65534)
         with as_nobody():
             with pytest.raises(FolderError, match="Permission denied"):
                 await KeeperManager(base / "sessions").spawn(sid, cwd="/", agent_command=SINK)
@@ -327,6 +328,40 @@ async def test_a_folder_that_cannot_be_written_or_made_is_refused(sid: str) -> N
         assert [path.name for path in base.rglob("*")] == ["sessions"]
     finally:
         shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("above", [False, True])
+@asynchronous
+async def test_a_folder_that_others_may_write_to_is_refused(
+    manager: KeeperManager, folder: Path, sid: str, *, above: bool
+) -> None:
+    await manager.spawn(sid, agent_command=SINK)
+    before = sorted(os.listdir(folder))
+    wrong = folder.parent if above else folder
+    mode = wrong.stat().st_mode & 0o777
+    wrong.chmod(0o775)
+    for refused in (manager.spawn(agent_command=SINK), manager.stop(sid)):
+        with pytest.raises(FolderError, match=r"cannot be trusted: .* \(mode 0775\): chmod g-w it"):
+            await refused
+    assert sorted(os.listdir(folder)) == before
+    assert [entry.sid for entry in await manager.discover()] == [sid], "looking is allowed"
+    wrong.chmod(mode)
+    await manager.stop(sid)
+
+
+@asynchronous
+async def test_what_is_made_is_trusted_whatever_the_umask(tmp_path: Path, sid: str) -> None:
+    made = tmp_path / ".pi" / "dashboard" / "sessions"
+    before = os.umask(0)
+    try:
+        manager = KeeperManager(made)
+        await manager.spawn(sid, agent_command=SINK)
+        await manager.stop(sid)
+    finally:
+        os.umask(before)
+        end_all(made)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (made, *made.parents[:2])}
+    assert modes == {"sessions": 0o700, "dashboard": 0o700, ".pi": 0o700}
 
 
 @asynchronous

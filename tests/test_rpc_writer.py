@@ -391,6 +391,23 @@ def test_the_agent_dies_within_a_line(scene: Scene, face: Face) -> None:
     assert keeper.lines() == []
 
 
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+def test_a_folder_that_others_may_write_to_gets_nothing(
+    scene: Scene, face: Face, mode: int, *, above: bool
+) -> None:
+    keeper = scene.keeper("ours")
+    wrong = scene.folder.parent if above else scene.folder
+    wrong.chmod(mode)
+    delivery = face.write(scene.folder, SMALL, PATIENT)
+    assert (delivery.outcome, delivery.reason) == (N, Reason.UNTRUSTED_FOLDER)
+    assert len(delivery.attempts) == 1
+    wrong.chmod(0o700)
+    assert face.write(scene.folder, SMALL, PATIENT).delivered
+    until(keeper.lines)
+    assert len(keeper.lines()) == 1
+
+
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 @pytest.mark.parametrize("whose", ["listener", "socket", "pid file"])
