@@ -634,8 +634,10 @@ class _Served:
         self.folder.close()
 
     def take_lock(self) -> None:
-        """Become the one who acts on the folder, if it may be trusted and is free."""
-        if self.why_not and not (distrust := self.folder.distrust()):
+        """Become the one who acts on the folder, if it is free and as long as it is trusted."""
+        if distrust := self.folder.distrust():
+            self.why_not = distrust
+        elif self.why_not:
             self.locked_by_other = not self.folder.lock()
             holder = self.folder.lock_holder() if self.locked_by_other else None
             self.why_not = (
@@ -644,5 +646,3 @@ class _Served:
                 if self.locked_by_other
                 else ""
             )
-        elif self.why_not:
-            self.why_not = distrust

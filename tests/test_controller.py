@@ -714,6 +714,33 @@ async def test_a_folder_that_all_may_write_to_is_only_looked_at(folder: Path) ->
         await gone(folder)
 
 
+@pytest.mark.parametrize("above", [False, True])
+@asynchronous
+async def test_a_folder_that_all_may_write_to_later_is_not_acted_upon_until_it_is_closed_again(
+    folder: Path, *, above: bool
+) -> None:
+    wrong = folder.parent if above else folder
+    async with running(manager_of(folder)) as (reconciler, told):
+        for times in (1, 2):
+            wrong.chmod(0o777)
+            with pytest.raises(FolderError, match="chmod go-w it"):
+                await reconciler.settled()
+            stale_pair(folder, SID)
+            for _ in range(2):
+                with pytest.raises(FolderError, match="chmod go-w it"):
+                    await reconciler.settled()
+            assert len(claims_of(folder)) == 2
+            assert len(told.of("folder.observed_only")) == times, "once for each time"
+            with pytest.raises(UnverifiableError, match="chmod go-w it"):
+                await reconciler.stop(SID)
+            wrong.chmod(0o755)
+            with pytest.raises(FolderLockedError):  # it was kept all the time
+                async with Reconciler(manager_of(folder)):
+                    pass
+            await reconciler.settled()
+            await gone(folder)
+
+
 @asynchronous
 async def test_a_second_reconciler_refuses_and_names_the_first(folder: Path) -> None:
     manager = manager_of(folder)
