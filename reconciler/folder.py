@@ -80,7 +80,8 @@ class Peer:
 
     answer: Answer
     pid: int = 0
-    """The listener's pid; 0 when it cannot be named (another pid namespace, no answer)."""
+    """The listener's pid; 0 when it cannot be named: no answer, another pid namespace, or it
+    has bound another name, so that its socket was moved or linked here from elsewhere."""
     alive: bool = False
     """The listener itself, not a later owner of its pid, is known to live."""
 
@@ -226,7 +227,7 @@ class Folder:
                 return Peer(Answer.GONE)
             except OSError:
                 return Peer(Answer.CANNOT_TELL)
-            return _peer(client)
+            return _peer(client, name)
 
     @contextlib.contextmanager
     def address(self, name: str) -> Iterator[str]:
@@ -268,9 +269,9 @@ def _pid_entry(text: bytes, file: FileId, now: float) -> Entry:
     return Entry(EntryKind.PID, now, file, pid)
 
 
-def _peer(client: socket.socket) -> Peer:
+def _peer(client: socket.socket, name: str) -> Peer:
     """Name the listener. With ``SO_PEERPIDFD`` its life is certain, not only its number."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or os.path.basename(client.getpeername()) != name:
         return Peer(Answer.ACCEPTED)
     size = struct.calcsize("3i")
     pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))

@@ -8,7 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -248,6 +248,16 @@ def test_a_link_to_a_listener_is_not_followed(opened: Folder) -> None:
     with listening(opened.path, "real"):
         (opened.path / NAME).symlink_to("real")
         assert opened.ask(NAME) == Peer(Answer.CANNOT_TELL)
+
+
+@pytest.mark.parametrize("by", [os.link, os.rename])
+def test_a_listener_that_has_bound_another_name_is_not_named(
+    opened: Folder, by: Callable[[Path, Path], None]
+) -> None:
+    """Its socket was put there by somebody else: it is the keeper of nothing."""
+    with listening(opened.path, "s2.rpc.sock"):
+        by(opened.path / "s2.rpc.sock", opened.path / NAME)
+        assert opened.ask(NAME) == Peer(Answer.ACCEPTED)
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "link to a file"])
