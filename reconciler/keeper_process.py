@@ -60,6 +60,7 @@ from collections.abc import Callable, Iterable
 
 try:
     import fcntl
+    import resource
 except ImportError:
     sys.stderr.write("keeper_process: this keeper needs a POSIX system\n")
     raise SystemExit(2) from None
@@ -1109,6 +1110,7 @@ class Keeper:
             ) from None
         finally:
             os.close(output)
+        _dump_no_core()
         self._wire = Wire(self._poller, self._log, self._agent.stdin)
         self._wire.open(self._listener)
         self._poller.add(self._agent.report)
@@ -1330,6 +1332,17 @@ def _close_off_descriptors() -> None:
         with contextlib.suppress(OSError):
             if int(number) > STDERR:
                 os.set_inheritable(int(number), False)
+
+
+def _dump_no_core() -> None:
+    """Keep prompts out of core files. The agent, started before, has the limit it was given.
+
+    1 and not 0: it keeps core files from a program that they are piped to as well, see core(5).
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    if most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_CORE, (1, most))
 
 
 def _detach() -> None:

@@ -885,6 +885,39 @@ def switches(pid: int) -> int:
     return int(status.partition("nonvoluntary_ctxt_switches")[0].rpartition(":")[2].split()[0])
 
 
+DUMPS = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)"
+
+
+@linux
+def test_a_keeper_that_crashes_leaves_no_prompt_in_a_core_file(
+    session: Session, out: Path, tmp_path: Path
+) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    if most != resource.RLIM_INFINITY:
+        pytest.skip("core files are forbidden here anyway")
+    place = tmp_path / "crashes"
+    place.mkdir()
+    crash = f"{DUMPS}; import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    subprocess.run([*PYTHON, "-c", crash], cwd=place, check=False)
+    dumps = bool(list(place.iterdir()))  # where they go elsewhere, the limits have to do
+    for core in place.iterdir():
+        core.unlink()
+    process = session.start(into(out), cwd=place, prepare=DUMPS)
+    limits = [limit_of(pid) for pid in (process.pid, session.agent_pid())]
+    assert limits == [["1", "unlimited"], ["unlimited", "unlimited"]], "the agent keeps its own"
+    with session.connect() as client:
+        client.sendall(b"half a prompt")
+        session.end(signal.SIGSEGV)
+    assert not list(place.iterdir())
+    assert dumps or Path("/proc/sys/kernel/core_pattern").read_text() != "core\n"
+
+
+def limit_of(pid: int) -> list[str]:
+    """The limits on core files, the one that counts and the highest."""
+    text = Path(f"/proc/{pid}/limits").read_text().partition("Max core file size")[2]
+    return text.split()[:2]
+
+
 # --- the end -------------------------------------------------------------------------------
 
 
