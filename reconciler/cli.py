@@ -377,12 +377,15 @@ def _variables(pairs: Iterable[str]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
-            raise click.UsageError(f"--env {pair!r} is not K=V")
+            raise click.UsageError("--env wants K=V; what was given is not, and not repeated here")
         variables[key] = value
     return variables
 
 
-@cli.command(short_help="Write lines to a session.")
+@cli.command(
+    context_settings={"allow_extra_args": True},  # told below, without repeating a prompt
+    short_help="Write lines to a session.",
+)
 @click.argument("sid")
 @click.argument("line")
 @click.option(
@@ -416,6 +419,8 @@ def write(
     from reconciler.layout import Role, check_sid, file_name
     from reconciler.rpc_writer import BlockingRpcWriter, InvalidMessageError, WritePolicy
 
+    if click.get_current_context().args:
+        raise click.UsageError("LINE is one argument: put it in quotes, or give it with -")
     check_sid(sid)
     if line == "-" and key is not None:
         raise click.UsageError("--key is for one LINE, not for standard input")

@@ -61,6 +61,10 @@ KEYS: Mapping[str, Any] = {
 }
 """Every key and its type; a dictionary is a table."""
 
+_PRIVATE = frozenset({"agent_command"})
+_UNTOLD = "something else (not repeated here)"
+# Whose values no error repeats: an agent may be given a secret among its arguments.
+
 
 def read(text: bytes) -> dict[str, Any]:
     """Read a settings file's text into the arguments of `reconciler.settings.Settings`.
@@ -100,7 +104,8 @@ def _table(
             try:
                 said[key] = msgspec.convert(value, kind)
             except msgspec.ValidationError:
-                problems.append(f"{name} is {_found(value)}, allowed: {_allowed(kind)}")
+                found = _UNTOLD if key in _PRIVATE else _found(value)
+                problems.append(f"{name} is {found}, allowed: {_allowed(kind)}")
     return said
 
 

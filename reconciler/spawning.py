@@ -17,7 +17,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from reconciler.errors import (
@@ -98,8 +98,8 @@ class KeeperRequest:
 
     sid: str
     cwd: Path
-    env: Mapping[str, str]
-    agent_command: Sequence[str] = ()
+    env: Mapping[str, str] = field(repr=False)  # keys and tokens stand in it
+    agent_command: Sequence[str] = field(default=(), repr=False)  # the same
     capture: bool = False
     keeper_command: Sequence[str] = OUR_KEEPER
     ready: bool = True
@@ -141,14 +141,21 @@ def check(request: KeeperRequest, folder: Path) -> None:
     if not request.cwd.is_dir():
         raise InvalidRequestError(f"cwd {str(request.cwd)!r} is not a folder")
     for key, value in request.env.items():
-        if not key or "=" in key or "\0" in key + value:
+        if not key or "=" in key or not _fits(key + value):
             raise InvalidRequestError(
-                f"environment variable {key!r} cannot be set: bad name, or a NUL"
+                f"environment variable {key!r} cannot be set: bad name, a NUL, or no text"
             )
-    if any("\0" in part for part in request.agent_command):
-        raise InvalidRequestError("the agent's command holds a NUL character")
+    if not all(map(_fits, request.agent_command)):
+        raise InvalidRequestError("the agent's command holds a NUL character, or is no text")
     _check_program(request)
     _check_address(request, folder)
+
+
+def _fits(text: str) -> bool:
+    """Whether a program can be given it; the codec's own error would carry the text along."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return b"\0" not in os.fsencode(text)
+    return False
 
 
 def _check_program(request: KeeperRequest) -> None:

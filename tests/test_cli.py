@@ -280,8 +280,8 @@ def test_spawn_refuses_in_one_line_and_leaves_nothing(cli: Cli, tmp_path: Path) 
     before = sorted(cli.folder.iterdir())
     table: Sequence[tuple[int, tuple[str, ...], str]] = (
         (2, ("../x", "--", "cat"), "session id '../x' is not usable"),
-        (2, ("x", "--env", "NOVALUE", "--", "cat"), "--env 'NOVALUE' is not K=V"),
-        (2, ("x", "--env", "=v", "--", "cat"), "--env '=v' is not K=V"),
+        (2, ("x", "--env", "NOVALUE", "--", "cat"), "--env wants K=V"),
+        (2, ("x", "--env", "=v", "--", "cat"), "--env wants K=V"),
         (2, ("x", "--cwd", f"{tmp_path}/none", "--", "cat"), "is not a folder"),
         (2, ("x", "y", "--", "cat"), "unexpected extra argument"),
         (2, ("x", "--bogus"), "'--bogus' (see pi-reconciler spawn --help)"),

@@ -107,7 +107,10 @@ SECONDS = "seconds above 0, 86400 at most"
         ("[log]\nform = 1", "log.form is 1, allowed: one of auto, json, console"),
         ("sessions_dir = 1", "sessions_dir is 1, allowed: a text"),
         ("programs = 'keeper.cjs'", "programs is 'keeper.cjs', allowed: a list of texts"),
-        ("agent_command = [1]", "agent_command is [1], allowed: a list of texts"),
+        (
+            "agent_command = [1]",
+            "agent_command is something else (not repeated here), allowed: a list of texts",
+        ),
         ("policy = 3", "policy is 3, allowed: a table [policy]"),
         ("resink = 1", "resink is no setting, allowed: sessions_dir, programs, keeper_command,"),
         ("[log]\nlvl = 'info'", "log.lvl is no setting, allowed: level, form"),
