@@ -15,7 +15,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 
-from reconciler.processes import SYSTEM, Life, Processes, open_pidfd
+from reconciler.processes import SYSTEM, TO_END, TO_LOOK, Life, Processes, open_pidfd
 from reconciler.state import ProcessId
 
 POLL_PERIOD = 0.5
@@ -78,9 +78,15 @@ class Exits:
             del self._followed[sid]
 
     def _add(self, sid: str, process: ProcessId) -> int | None:
+        pidfd = self._hold(sid, process)
+        if pidfd is None:
+            self._poll_soon()
+        return pidfd
+
+    def _hold(self, sid: str, process: ProcessId) -> int | None:
+        """Let the loop wait for a process, if a pidfd of it is to be had."""
         pidfd = self._open(process)
         if pidfd is None or self._epoll is None:
-            self._poll_soon()
             return None
         self._by_pidfd[pidfd] = (sid, process)
         self._epoll.register(pidfd, select.EPOLLIN)
@@ -89,7 +95,7 @@ class Exits:
     def _open(self, process: ProcessId) -> int | None:
         """A pidfd that is this very process's, or None: then polling finds out its fate."""
         try:
-            pidfd = open_pidfd(process.pid)
+            pidfd = open_pidfd(process.pid, spare=TO_LOOK + TO_END)
         except OSError as error:
             self._tell_degraded(str(error.strerror))
             return None
@@ -143,8 +149,17 @@ class Exits:
                 if pidfd is None and self._is_over(process)
             ]
         )
-        if any(pidfd is None for each in self._followed.values() for pidfd in each.values()):
+        if not self._hold_polled():
             self._poll_soon(POLL_PERIOD)
+
+    def _hold_polled(self) -> bool:
+        """Descriptors may be had again: try until one is not. Whether nobody is polled now."""
+        for sid, followed in self._followed.items():
+            for process in [process for process, pidfd in followed.items() if pidfd is None]:
+                followed[process] = pidfd = self._hold(sid, process)
+                if pidfd is None:
+                    return False
+        return True
 
     def _is_over(self, process: ProcessId) -> bool:
         facts = self._processes.facts(process.pid)

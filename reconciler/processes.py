@@ -34,6 +34,12 @@ ARGUMENTS_LIMIT = 128 * 1024
 ENVIRONMENT_LIMIT = 2 * 1024 * 1024
 """Bytes read of a process's environment; the kernel allows a quarter of the stack."""
 
+TO_LOOK = 16
+"""Descriptors that no pidfd may take: looking takes some, and who cannot look cannot clean."""
+
+TO_END = 16
+"""As many are kept beyond those for holding processes that are being ended."""
+
 _EXITING = 0x4  # PF_EXITING in the flags of /proc/<pid>/stat
 _KERNEL_THREAD = 0x00200000  # PF_KTHREAD, there too
 _SIGKILL_PENDING = 1 << (signal.SIGKILL - 1)
@@ -463,17 +469,33 @@ def _settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def open_pidfd(pid: int) -> int | None:
+def open_pidfd(pid: int, *, spare: int = TO_LOOK) -> int | None:
     """A pidfd of a process; None when it is gone, or the system has no pidfds.
+
+    Args:
+        pid: the process.
+        spare: how many descriptors must be left, though of a low limit no more than half.
 
     Raises:
         OSError: the system has pidfds and gives none now (no descriptors left).
     """
     try:
-        return os.pidfd_open(pid)
+        pidfd = os.pidfd_open(pid)
     except (AttributeError, ProcessLookupError):
         return None
     except OSError as error:
         if error.errno in {errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.ENOENT}:
             return None  # the last two: the number of a thread
         raise
+    limit = _descriptor_limit()
+    if pidfd < limit - min(spare, limit // 2):  # the system gives out the lowest that is free
+        return pidfd
+    os.close(pidfd)
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def _descriptor_limit() -> int:
+    import resource  # noqa: PLC0415 - Windows has none, and no pidfds
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else sys.maxsize

@@ -362,3 +362,49 @@ def test_many(fast_polls: None) -> None:
         for child in children:
             child.kill()
             child.wait()
+
+
+AGAIN = r"""
+import asyncio, os, resource, subprocess, sys
+sys.path[:0] = sys.argv[1:]
+from reconciler import exits
+from reconciler.processes import SYSTEM
+exits.POLL_PERIOD = 0.01
+
+def pidfds():
+    names = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return [os.readlink(name) for name in names if os.path.islink(name)].count("anon_inode:[pidfd]")
+
+async def main():
+    children = [subprocess.Popen(["sleep", "600"]) for _ in range(3)]
+    notices, degraded = [], []
+    loop = asyncio.get_running_loop()
+    follower = exits.Exits(loop, lambda *told: notices.append(told), degraded.append)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (12, 4096))
+    for child in children:
+        follower.follow(str(child.pid), frozenset({SYSTEM.facts(child.pid).process}))
+    await asyncio.sleep(0.03)
+    few = pidfds()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))
+    async with asyncio.timeout(20):
+        while pidfds() < 3:
+            await asyncio.sleep(0.005)
+    exits.POLL_PERIOD = 3600
+    for child in children:
+        child.kill()
+    async with asyncio.timeout(20):
+        while len(notices) < 3:
+            await asyncio.sleep(0.005)
+    follower.close()
+    for child in children:
+        child.wait()
+    print(few, len(degraded), pidfds())
+
+asyncio.run(main())
+"""
+
+
+def test_descriptors_that_can_be_had_again_end_the_polling() -> None:
+    paths = [str(Path(__file__).parent.parent), *(path for path in sys.path if path)]
+    said = subprocess.check_output([sys.executable, "-I", "-c", AGAIN, *paths], text=True)
+    assert said == "0 1 0\n"

@@ -638,3 +638,34 @@ def test_a_pidfd_tells_of_the_end() -> None:
         assert is_zombie(process.pid)
         os.close(pidfd)
     assert open_pidfd(process.pid) is None
+
+
+TAKES_ALL = """
+import os, resource, sys
+sys.path[:0] = sys.argv[1:]
+from reconciler.processes import open_pidfd
+resource.setrlimit(resource.RLIMIT_NOFILE, (HOW_MANY, 4096))
+taken = 0
+try:
+    while True:
+        open_pidfd(os.getpid(), spare=SPARE)
+        taken += 1
+except OSError as error:
+    reason = error.strerror
+left = 0
+try:
+    while True:
+        os.open("/", os.O_PATH)
+        left += 1
+except OSError:
+    print(taken > 0, left, reason)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no pidfds elsewhere")
+@pytest.mark.parametrize(("limit", "spare", "left"), [(64, 16, 16), (64, 32, 32), (16, 32, 8)])
+def test_pidfds_leave_some_descriptors_free(limit: int, spare: int, left: int) -> None:
+    code = TAKES_ALL.replace("HOW_MANY", str(limit)).replace("SPARE", str(spare))
+    paths = [str(Path(__file__).parent.parent), *(path for path in sys.path if path)]
+    said = subprocess.check_output([sys.executable, "-I", "-c", code, *paths], text=True)
+    assert said == f"True {left} Too many open files\n"
