@@ -128,10 +128,17 @@ if sys.platform == "linux":
     """The existing folders from the root down: device, inode, and whether we may read it."""
 
     class _Inotify(InotifyFD):
-        """Gives its descriptors back even if its thread never came to read."""
+        """Gives its descriptors back even if its thread never came to read, or it failed."""
+
+        _inotify_fd = -1
 
         def __init__(self) -> None:
-            super().__init__()
+            try:
+                super().__init__()
+            except OSError:  # its own descriptor may have been the last one
+                if self._inotify_fd >= 0:
+                    os.close(self._inotify_fd)
+                raise
             self._is_reading = False
 
     class _Laid:

@@ -346,8 +346,8 @@ def test_an_overflow_of_the_kernels_queue_asks_for_a_full_look(
 
 
 @contextlib.contextmanager
-def no_descriptor_left() -> Iterator[None]:
-    """Let this process have no more descriptors than it has."""
+def no_descriptor_left(but: int = 0) -> Iterator[None]:
+    """Let this process have no more descriptors than it has, but for a few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 16, hard))
@@ -356,6 +356,8 @@ def no_descriptor_left() -> Iterator[None]:
         with contextlib.suppress(OSError):
             while True:
                 taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(but):
+            os.close(taken.pop())
         yield
     finally:
         for descriptor in taken:
@@ -397,6 +399,22 @@ def test_it_starts_without_a_descriptor_and_complains_once(folder: Path) -> None
         it.sees_entries()
     finally:
         it.watcher.stop()
+
+
+@pytest.mark.parametrize("but", [1, 2])
+def test_a_watch_for_which_too_few_are_left_costs_no_descriptor(folder: Path, but: int) -> None:
+    before = descriptors()
+    it = Watched(folder)
+    try:
+        with no_descriptor_left(but):
+            it.watcher.start()
+            for _ in range(3):
+                it.watcher.recheck()
+                until_laid(it)
+        assert len(it.complaints) == 1
+    finally:
+        it.watcher.stop()
+    assert descriptors() == before
 
 
 def test_no_descriptor_or_thread_is_lost_over_many_layings(folder: Path) -> None:
