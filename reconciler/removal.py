@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import fcntl
 import os
 import re
@@ -22,6 +23,7 @@ from reconciler.layout import Role, claims, file_name
 from reconciler.processes import SYSTEM, Life
 from reconciler.state import Entry, EntryKind, FileId
 
+_NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.taken-(?P<remover>[0-9]{1,10})")
 
 
@@ -94,8 +96,10 @@ def _birth_lock(folder: Folder, sid: str) -> Iterator[bool]:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(file_name(Role.KEEPER_LOG, sid), flags, dir_fd=folder.fd)
-    except OSError:  # no log, or nothing that a keeper would lock
-        yield True
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
+        yield True  # no log, or nothing that a keeper would lock
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -358,6 +359,20 @@ def test_a_log_that_is_none_holds_nobody_up(
 ) -> None:
     (opened.path / LOG).touch()
     plant(opened.path / LOG)
+    assert remove(opened, SID, stale).complete
+
+
+def test_without_a_descriptor_for_the_lock_nothing_is_removed(
+    opened: Folder, stale: Entries
+) -> None:
+    (opened.path / LOG).touch()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            remove(opened, SID, stale[-1:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert remove(opened, SID, stale).complete
 
 
