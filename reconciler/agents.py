@@ -140,6 +140,9 @@ class Agents:
         A keeper that detaches is the child of its first process until that one ends.
         """
         arguments = self._processes.arguments(process.pid)
+        if arguments is None and self._processes.facts(process.pid).process == process:
+            text = f"the arguments of process {process.pid} cannot be read"
+            return replace(before, state=AgentState.UNKNOWN, since=seen.now, evidence=text)
         run = keeper_arguments(arguments, self._programs) if arguments else None
         if run is not None and run.sid == seen.sid:
             evidence = f"process {process.pid} is a keeper that has just detached"

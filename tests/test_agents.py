@@ -366,6 +366,21 @@ def test_a_pid_file_that_names_nobody_leads_no_session(opened: Folder) -> None:
         assert seen.agent.state is AgentState.UNKNOWN
 
 
+def test_a_child_whose_arguments_cannot_be_read_may_be_a_keeper(
+    opened: Folder, probe: Probe
+) -> None:
+    """No descriptor to read them with, say."""
+    with keeper_without_agent(opened.path, SID, code=CHILD) as (pid, child):
+        pid_file(opened.path).write_text(str(pid))
+        before = probe.look(SID)
+        kill(pid)
+        blind = Probe(opened, processes=Odd(arguments=lambda _: None))
+        seen = blind.look(SID, before)
+        assert seen.agent.state is AgentState.UNKNOWN
+        assert seen.agent.evidence == f"the arguments of process {child} cannot be read"
+        assert "a keeper that has just detached" in probe.look(SID, seen).agent.evidence
+
+
 def test_the_child_of_a_living_keeper_is_nobodys_leftover(opened: Folder) -> None:
     """Of whichever folder, and though all else fits."""
     with keeper_without_agent(opened.path.parent, "s2", code=CHILD) as (_, child):
