@@ -1152,7 +1152,7 @@ async def test_a_folder_that_cannot_be_watched_is_told_of_once_and_looked_at_all
 async def test_without_pidfds_exits_are_polled_and_that_is_told_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none_left(_: int) -> int:
+    def none_left(_: int, **__: int) -> int:
         raise OSError(24, "Too many open files")
 
     manager = manager_of(folder)
