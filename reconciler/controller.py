@@ -33,7 +33,7 @@ from reconciler.logs import get_logger
 from reconciler.probe import NO_SUSPECTS, Suspects
 from reconciler.removal import is_taken, recover
 from reconciler.reports import Reporter
-from reconciler.retries import Retries
+from reconciler.retries import FIRST, Retries
 from reconciler.state import (
     Adopt,
     Desired,
@@ -422,7 +422,7 @@ class Reconciler:
         now = time.monotonic()
         pause = self._failures.note(sid, type(error), now)
         self._hints.add(sid, now + pause)
-        self._reporter.failed(sid, error, pause)
+        self._reporter.failed(sid, error, pause, again=pause > FIRST)
 
     def _act(self, seen: Observation, plan: Plan, served: _Served) -> bool:
         slow = [a for a in plan.actions if isinstance(a, Stop)]

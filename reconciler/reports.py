@@ -101,9 +101,10 @@ class Reporter:
                 self._metrics.cleaned(since_exit)
         self._tell(self._log.info, event, seen, plan, **more)
 
-    def failed(self, sid: str, error: Exception, retry: float) -> None:
-        """Looking at a session, or acting on it, ended with an error."""
-        self._log.error(
+    def failed(self, sid: str, error: Exception, retry: float, *, again: bool = False) -> None:
+        """Looking at a session, or acting on it, ended with an error: a new one, or again."""
+        log = self._log.debug if again else self._log.error
+        log(
             "session.failed",
             sid=sid,
             keeper_pid=None,

@@ -960,9 +960,8 @@ async def test_an_action_that_fails_is_tried_less_and_less_often_and_holds_nobod
         assert all(
             wait >= at_least for wait, at_least in zip(waits, (0.1, 0.2, 0.4, 0.8), strict=True)
         )
-        failed = told.of("session.failed", "stuck")
-        assert 4 <= len(failed) <= 5
-        assert all("Operation not permitted" in line["reason"] for line in failed)
+        [failed] = told.of("session.failed", "stuck")
+        assert "Operation not permitted" in failed["reason"]
         monkeypatch.setattr(effects, "remove", real)
         await gone(folder, "stuck")
 
