@@ -108,7 +108,7 @@ class _Sink:
         """Write one line."""
         if self._stream is None:
             return
-        # OSError: nobody reads any more, or the disk is full. ValueError: it was closed.
+        # OSError: nobody reads any more. ValueError: it was closed.
         with contextlib.suppress(OSError, ValueError):
             if self._write(self._stream, line.encode("utf-8", "backslashreplace") + b"\n"):
                 return
@@ -137,8 +137,9 @@ def _push(descriptor: int, data: bytes, patience: int) -> bytes:
     """Write what can be written without waiting for long, and give back the rest."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
-    while data and poll.poll(patience):
-        data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
+    with contextlib.suppress(OSError):  # nobody reads any more, or the disk is full
+        while data and poll.poll(patience):
+            data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
     return data
 
 

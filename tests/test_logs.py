@@ -337,3 +337,26 @@ def test_every_example_of_the_reference_is_a_line_of_its_event() -> None:
         for key in set(told) - {"timestamp", "level", "event", "sid"}:
             assert f"`{key}`" in section + general, (name, key)
         assert "**Do:**" in section, name
+
+
+def test_a_full_disk_tears_no_line(tmp_path: Path) -> None:
+    """The system takes a part of the line for which there is no room, as a full disk does."""
+    path = tmp_path / "log"
+    code = (
+        "import resource, sys\n"
+        "from reconciler.logs import make_logger\n"
+        "_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "with open(sys.argv[1], 'w') as stream:\n"
+        "    log = make_logger(stream)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))\n"
+        "    log.info('event.name', number=1, text='x' * 200)\n"
+        "    log.info('event.name', number=2)\n"
+        "    assert stream.seek(0, 2) == 100\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\n"
+        "    log.info('event.name', number=3)\n"
+    )
+    paths = os.pathsep.join(path for path in sys.path if path)
+    subprocess.run([sys.executable, "-c", code, path], check=True, env={"PYTHONPATH": paths})
+    first, last = (json.loads(line) for line in path.read_text().splitlines())
+    assert (first["number"], first["text"]) == (1, "x" * 200)
+    assert (last["number"], last["lines_dropped"]) == (3, 1)
