@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Self
 
 import psutil
 from chaos import CAMPAIGN, Fault
-from conftest import HUNG, PROGRAM, Daemon, alive, identity, program_environment, until
+from conftest import HUNG, PROGRAM, Daemon, alive, dead_pid, identity, program_environment, until
 from stand_ins import agent_of
 
 from reconciler.keeper import KeeperManager, SpawnedKeeper
@@ -215,6 +216,19 @@ def orphaned_agents(node_manager: KeeperManager, sids: Iterable[str]) -> list[in
     for keeper in keepers:
         os.kill(keeper.keeper_pid, signal.SIGKILL)
     return agents
+
+
+def stale_pairs(folder: Path, sids: Iterable[str]) -> None:
+    """Leave what killed keepers leave, many at a time, by this very process."""
+    text = str(dead_pid())
+    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        for sid in sids:
+            with socket.socket(socket.AF_UNIX) as left:
+                left.bind(f"/proc/self/fd/{directory}/{sid}.rpc.sock")
+            (folder / f"{sid}.rpc.sock.pid").write_text(text)
+    finally:
+        os.close(directory)
 
 
 def left_by(folder: Path, sids: Iterable[str]) -> list[str]:
