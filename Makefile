@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 AGENT_VERSION := 0.74.2
+PACKAGES := faketime
 AGENT := .tools/agent/node_modules/.bin/pi
 ARGS ?=
 JOBS ?= 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test lint format types campaign chaos bench agent clean
+.PHONY: help run test lint format types campaign chaos tools bench agent clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -18,7 +19,7 @@ help: ## Show what there is
 run: $(VENV)/.run ## Keep the sessions folder right (ARGS="--dry-run" for more)
 	$(BIN)/pi-reconciler run $(ARGS)
 
-test: $(VENV)/.test agent lint ## Lint, types, contracts, all tests, coverage gate
+test: $(VENV)/.test tools agent lint ## Lint, types, contracts, all tests, coverage gate
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 	$(BIN)/coverage combine --quiet
@@ -39,8 +40,12 @@ format: $(VENV)/.test ## Put the code into its form
 campaign: $(VENV)/.test agent ## The longer races and random histories
 	PI_RECONCILER_CAMPAIGN=1 $(BIN)/pytest -m campaign $(ARGS)
 
-chaos: $(VENV)/.test agent ## Every fault of the campaign, many rounds, one row each (ARGS="-k clock")
+chaos: $(VENV)/.test tools agent ## Every fault of the campaign, many rounds, one row each (ARGS="-k clock")
 	PI_RECONCILER_CAMPAIGN=1 $(BIN)/pytest -m chaos --timeout 7200 $(ARGS)
+
+tools: ## Debian packages that faults of the campaign need; tests without theirs are skipped
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && ! dpkg -s $(PACKAGES) >/dev/null 2>&1; then \
+	  apt-get update -qq && apt-get install -qq -y $(PACKAGES); fi
 
 bench: $(VENV)/.run ## Measure, against peers in the same run (ARGS=--quick for a short one)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -16,7 +16,18 @@ from typing import Any, Self
 
 import psutil
 from chaos import CAMPAIGN, Fault
-from conftest import HUNG, PROGRAM, Daemon, alive, dead_pid, identity, program_environment, until
+from conftest import (
+    HUNG,
+    NODE_KEEPER,
+    PROGRAM,
+    SINK,
+    Daemon,
+    alive,
+    dead_pid,
+    identity,
+    program_environment,
+    until,
+)
 from stand_ins import agent_of
 
 from reconciler.keeper import KeeperManager, SpawnedKeeper
@@ -133,16 +144,23 @@ class Bystanders:
         manager: starts the sessions.
         scratch: where their agents write down what comes.
         count: how many sessions.
+        env: their environment; this process's when left out.
     """
 
-    def __init__(self, manager: KeeperManager, scratch: Path, count: int = 2) -> None:
+    def __init__(
+        self,
+        manager: KeeperManager,
+        scratch: Path,
+        count: int = 2,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         scratch.mkdir(exist_ok=True)
         self._manager = manager
         self._told = {f"bystander{number}": scratch / str(number) for number in range(count)}
         self._innocents_word = scratch / "innocent"
         self.innocent = subprocess.Popen(recorder(self._innocents_word), stdin=subprocess.PIPE)
         commands = {sid: recorder(told) for sid, told in self._told.items()}
-        self.keepers = spawn_all(manager, commands)
+        self.keepers = spawn_all(manager, commands, env=env)
         until(lambda: all(map(_is_ready, (*self._told.values(), self._innocents_word))))
         agents = [agent_of(manager, sid) for sid in self._told]
         pids = [*(each.keeper_pid for each in self.keepers), *agents, self.innocent.pid]
@@ -183,9 +201,11 @@ def _is_ready(told: Path) -> bool:
 
 
 @contextlib.contextmanager
-def bystanders(manager: KeeperManager, scratch: Path, count: int = 2) -> Iterator[Bystanders]:
+def bystanders(
+    manager: KeeperManager, scratch: Path, count: int = 2, env: Mapping[str, str] | None = None
+) -> Iterator[Bystanders]:
     """`Bystanders`, whose innocent ends at the end."""
-    those = Bystanders(manager, scratch, count)
+    those = Bystanders(manager, scratch, count, env)
     try:
         yield those
     finally:
@@ -193,29 +213,31 @@ def bystanders(manager: KeeperManager, scratch: Path, count: int = 2) -> Iterato
 
 
 def spawn_all(
-    manager: KeeperManager, commands: Mapping[str, Sequence[str]], *, at_once: int = 40
+    manager: KeeperManager,
+    commands: Mapping[str, Sequence[str]],
+    *,
+    env: Mapping[str, str] | None = None,
 ) -> list[SpawnedKeeper]:
     """Start a session for each id, some at a time; their agents are up and known."""
+    return spawn_these([(manager, sid, command) for sid, command in commands.items()], env)
+
+
+def spawn_these(
+    sessions: Iterable[tuple[KeeperManager, str, Sequence[str]]],
+    env: Mapping[str, str] | None = None,
+) -> list[SpawnedKeeper]:
+    """Start sessions of several makes: manager, id and the agent's command of each."""
 
     async def main() -> list[SpawnedKeeper]:
-        room = asyncio.Semaphore(at_once)
+        room = asyncio.Semaphore(40)
 
-        async def one(sid: str, command: Sequence[str]) -> SpawnedKeeper:
+        async def one(manager: KeeperManager, sid: str, command: Sequence[str]) -> SpawnedKeeper:
             async with room:
-                return await manager.spawn(sid, agent_command=command, timeout=60)
+                return await manager.spawn(sid, agent_command=command, env=env, timeout=60)
 
-        return await asyncio.gather(*(one(*each) for each in commands.items()))
+        return await asyncio.gather(*(one(*each) for each in sessions))
 
     return asyncio.run(main())
-
-
-def orphaned_agents(node_manager: KeeperManager, sids: Iterable[str]) -> list[int]:
-    """Agents whose keepers were killed and that live on, deaf to the end of their input."""
-    keepers = spawn_all(node_manager, dict.fromkeys(sids, HUNG))
-    agents = [agent_of(node_manager, keeper.sid) for keeper in keepers]
-    for keeper in keepers:
-        os.kill(keeper.keeper_pid, signal.SIGKILL)
-    return agents
 
 
 def stale_pairs(folder: Path, sids: Iterable[str]) -> None:
@@ -240,3 +262,30 @@ def left_by(folder: Path, sids: Iterable[str]) -> list[str]:
 def gone(folder: Path, sids: Sequence[str]) -> Callable[[], bool]:
     """Says whether nothing of these sessions is left."""
     return lambda: not left_by(folder, sids)
+
+
+def leave(folder: Path, name: str) -> tuple[list[str], list[int]]:
+    """Leave every kind of thing that must go; the sessions, and the processes that live on.
+
+    A pair of files without a process, killed keepers, an agent that outlives its keeper, and
+    a keeper that is held up, so that it cannot end with its agent.
+    """
+    ours = KeeperManager(folder)
+    node = KeeperManager(folder, keeper_command=("node", str(NODE_KEEPER)))
+    killed = [f"{name}-killed{number}" for number in range(5 if CAMPAIGN else 1)]
+    stale, orphaned, hung = f"{name}-stale", f"{name}-orphaned", f"{name}-hung"
+    sessions = [(ours, hung, SINK), (node, orphaned, HUNG), *((ours, sid, SINK) for sid in killed)]
+    held, parent, *others = spawn_these(sessions)
+    agent, orphan = (agent_of(ours, sid) for sid in (hung, orphaned))
+    stale_pairs(folder, [stale])
+    os.kill(held.keeper_pid, signal.SIGSTOP)
+    for pid in (agent, parent.keeper_pid, *(each.keeper_pid for each in others)):
+        os.kill(pid, signal.SIGKILL)
+    return [stale, hung, orphaned, *killed], [held.keeper_pid, orphan]
+
+
+def all_goes(fault: Fault, folder: Path, left: tuple[list[str], list[int]]) -> None:
+    """Check that what was left goes: files and processes."""
+    sids, pids = left
+    until(gone(folder, sids), "all files are cleaned")
+    fault.holds(not any(map(alive, pids)), "keeper and agents without each other were ended")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from chaos import Fault
-from conftest import NODE_KEEPER, SINK, alive, program_environment, stale_pair, until
-from hampered import Hampered, bystanders, gone, left_by, orphaned_agents, spawn_all
-from stand_ins import agent_of
+from conftest import SINK, program_environment, stale_pair, until
+from hampered import Hampered, all_goes, bystanders, gone, leave, left_by, spawn_all
 
 from reconciler.keeper import KeeperManager
 
@@ -50,40 +47,16 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """Becomes a program for which pidfd_open does not exist (ENOSYS), as on Linux before 5.3."""
 
 
-def leave(folder: Path, name: str) -> tuple[list[str], list[int]]:
-    """Leave every kind of thing that must go; the sessions, and the processes that live on."""
-    manager = KeeperManager(folder)
-    node = KeeperManager(folder, keeper_command=("node", str(NODE_KEEPER)))
-    sids = [f"{name}-killed{number}" for number in range(3)]
-    for keeper in spawn_all(manager, dict.fromkeys(sids, SINK)):
-        os.kill(keeper.keeper_pid, signal.SIGKILL)
-    orphaned = [f"{name}-orphaned{number}" for number in range(2)]
-    agents = orphaned_agents(node, orphaned)
-    stale_pair(folder, f"{name}-stale")
-    hung = f"{name}-hung"
-    [keeper] = spawn_all(manager, {hung: SINK})
-    os.kill(keeper.keeper_pid, signal.SIGSTOP)  # it cannot end with its agent
-    os.kill(agent_of(manager, hung), signal.SIGKILL)
-    return [*sids, *orphaned, f"{name}-stale", hung], [*agents, keeper.keeper_pid]
-
-
 def leave_inside(daemon: Hampered, folder: Path, name: str) -> tuple[list[str], list[int]]:
     """The same, in the user namespace of the daemon: it cannot look at others closely."""
     code = (
-        "import json, pathlib, sys, test_chaos_limits\n"
+        "import hampered, json, pathlib, sys\n"
         "folder, name = sys.argv[1:]\n"
-        "print(json.dumps(test_chaos_limits.leave(pathlib.Path(folder), name)))"
+        "print(json.dumps(hampered.leave(pathlib.Path(folder), name)))"
     )
     text = inside(daemon, sys.executable, "-c", code, str(folder), name)
     sids, pids = json.loads(text)
     return sids, pids
-
-
-def all_goes(fault: Fault, folder: Path, left: tuple[list[str], list[int]]) -> None:
-    """Check that what was left goes: files and processes."""
-    sids, pids = left
-    until(gone(folder, sids), "all files are cleaned")
-    fault.holds(not any(map(alive, pids)), "keeper and agents without each other were ended")
 
 
 @pytest.mark.chaos("descriptors run out", CHECKED)
