@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,9 +28,10 @@ signal.pause()
 
 
 @contextlib.contextmanager
-def innocents(count: int = 1) -> Iterator[list[ProcessId]]:
+def innocents(count: int = 1, **environment: str) -> Iterator[list[ProcessId]]:
     """Processes of our user that lead groups of their own and record the signals they get."""
-    with running(BLOCKED.replace("COUNT", str(count))) as (_, *pids):
+    code = BLOCKED.replace("COUNT", str(count))
+    with running(code, env={**os.environ, **environment}) as (_, *pids):
         until(lambda: all(SYSTEM.facts(pid).group == pid for pid in pids), "they lead groups")
         yield [identity(pid) for pid in pids]
 

@@ -21,12 +21,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from conftest import NODE_KEEPER, PROGRAM
 
+from reconciler import processes
 from reconciler.errors import ReconcilerError
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BOUND = 30.0
 AT_ONCE = 6
@@ -169,7 +174,9 @@ class Crowd:
 
     def session(self, kind: str = "") -> Session:
         self._count += 1
-        return Session(f"s{self._count}", kind or random.choice(KINDS))
+        # Long, so that it is in nobody's arguments by chance: such a one is left alone.
+        sid = f"s{self._count}-{random.getrandbits(64):x}"
+        return Session(sid, kind or random.choice(KINDS))
 
     def ask_stop(self, session: Session) -> None:
         if self.stopper.stdin is not None:
@@ -189,9 +196,10 @@ class Crowd:
             numbers = self._end(sessions)
             blameless = [pid for number in numbers[1:] if (pid := start(number, innocent))]
             self.heirs = self._inherit(numbers[0])
+        until(lambda: all(session.is_gone() for session in sessions))
         for session in sessions:
             told = f"the files of {session.sid} ({session.kind}) go"
-            if not until(session.is_gone):
+            if not session.is_gone():
                 told = f"{told}: {self.log_of(session)}"
             self.holds(session.is_gone(), told)
         for session in self.heirs:
@@ -252,8 +260,23 @@ def harm_of_keeper(session: Session) -> str:
     return "" if all(map(os.path.lexists, session.files)) else f"{session.sid} lost files"
 
 
+def preempted(function: Callable[P, T]) -> Callable[P, T]:
+    """The same, but for the system taking the processor away for a while before and after."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        time.sleep(random.uniform(0.0, 0.005))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            time.sleep(random.uniform(0.0, 0.005))
+
+    return call
+
+
 async def stopper(folder: Path) -> None:
     """Stop each session that is named on standard input, all at once."""
+    processes.open_pidfd = preempted(processes.open_pidfd)
+    signal.pidfd_send_signal = preempted(signal.pidfd_send_signal)
     manager = KeeperManager(folder)
     tasks = set()
 
