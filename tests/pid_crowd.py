@@ -193,9 +193,7 @@ class Crowd:
             self.holds(until(session.is_up), f"{session.sid} ({session.kind}) is up")
         with self._slow():
             self._act(sessions)
-            numbers = self._end(sessions)
-            blameless = [pid for number in numbers[1:] if (pid := start(number, innocent))]
-            self.heirs = self._inherit(numbers[0])
+            blameless = self._end(sessions)
         until(lambda: all(session.is_gone() for session in sessions))
         for session in sessions:
             told = f"the files of {session.sid} ({session.kind}) go"
@@ -242,9 +240,12 @@ class Crowd:
             program.send_signal(signal.SIGSTOP)
 
     def _end(self, sessions: list[Session]) -> list[int]:
-        """End them; nothing else happens between a death and its number's new owner."""
+        """End them, and give their numbers away at once; the innocents that have them now."""
         random.shuffle(sessions)
-        return [number for session in sessions for number in session.end()]
+        first, *others = sessions
+        self.heirs = self._inherit(first.end()[0])
+        numbers = (number for session in others for number in session.end())
+        return [pid for number in numbers if (pid := start(number, innocent))]
 
     def _inherit(self, number: int) -> list[Session]:
         """Another session's keeper gets a number."""
@@ -264,11 +265,11 @@ def preempted(function: Callable[P, T]) -> Callable[P, T]:
     """The same, but for the system taking the processor away for a while before and after."""
 
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        time.sleep(random.uniform(0.0, 0.005))
+        time.sleep(random.uniform(0.0, 0.02))
         try:
             return function(*args, **kwargs)
         finally:
-            time.sleep(random.uniform(0.0, 0.005))
+            time.sleep(random.uniform(0.0, 0.02))
 
     return call
 
