@@ -176,11 +176,11 @@ class Observation:
 
     @property
     def over(self) -> bool:
-        """Neither a file nor a keeper nor an agent is there."""
+        """Neither a file nor a keeper nor an agent is there, and that is known."""
         return (
             not any(entry.present for _, entry in self.entries)
             and self.keeper.process is None
-            and self.agent.state is not AgentState.ALIVE
+            and self.agent.state in {AgentState.GONE, AgentState.NEVER_SEEN}
         )
 
     @property
@@ -350,11 +350,11 @@ def _decide_living(seen: Observation, desired: Desired, policy: Policy) -> Plan:
     """The rows of a keeper that lives and is proven."""
     keeper = _living(seen.keeper)
     if seen.rivals:
-        return _decide_usurped(seen, keeper, policy)
+        return _decide_usurped(seen, keeper, desired, policy)
     if seen.listener is not None and seen.listener != keeper:
         return Plan(Verdict.UNVERIFIABLE, "another process listens on the keeper's socket")
     if desired is Desired.ABSENT:
-        return Plan(Verdict.STOPPING, "not wanted any more", (StopKeeper(keeper),))
+        return _unwanted(keeper)
     if seen.agent.state is AgentState.GONE:
         return _decide_orphan(seen, keeper, policy)
     if not seen.socket.present or seen.listening is Listening.REFUSED:
@@ -373,12 +373,18 @@ def _living(keeper: Keeper) -> ProcessId:
     return keeper.process
 
 
-def _decide_usurped(seen: Observation, keeper: ProcessId, policy: Policy) -> Plan:
+def _unwanted(keeper: ProcessId) -> Plan:
+    return Plan(Verdict.STOPPING, "not wanted any more", (StopKeeper(keeper),))
+
+
+def _decide_usurped(seen: Observation, keeper: ProcessId, desired: Desired, policy: Policy) -> Plan:
     """Two keepers for one session: the one that owns the listening socket stays."""
     keepers = (seen.keeper, *seen.rivals)
     young = policy.start_grace - min(each.age for each in keepers)
     if young > 0:
         return Plan(Verdict.USURPED, "a second keeper may be ending", again_after=young)
+    if not seen.socket.present and desired is Desired.ABSENT:
+        return _unwanted(keeper)
     if not seen.socket.present:
         return _decide_unreachable(seen, keeper, policy)
     losers = tuple(each for each in keepers if each.process != seen.listener)
@@ -424,6 +430,8 @@ def _decide_unnamed(seen: Observation, keeper: ProcessId, policy: Policy) -> Pla
     reason = "keeper listens, its pid file does not name it"
     if seen.keeper.ours:
         return Plan(Verdict.ADOPT, reason, (Rebind(keeper),), policy.rebind_grace)
+    if seen.listener != keeper:  # the pid file may be that of who does listen
+        return Plan(Verdict.UNVERIFIABLE, "the socket answers, by whom cannot be told")
     return Plan(Verdict.ADOPT, reason, (Adopt(keeper, seen.pid_file.file),))
 
 

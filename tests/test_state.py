@@ -3,8 +3,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from reconciler.layout import Role
 from reconciler.state import (
@@ -252,6 +250,13 @@ TABLE: tuple[Row, ...] = (
      healthy(pid_file=aged(EMPTY, 2.0), keeper=OTHER), V.ADOPT, (Adopt(KEEPER, EMPTY_FILE),), None),
     ("adopt, not before the pid file has settled",
      healthy(pid_file=aged(EMPTY, 1.0), keeper=OTHER), V.STARTING, (), 1.0),
+    ("adopt, not where who answers cannot be named",
+     healthy(pid_file=OTHERS_PID, keeper=OTHER, listener=None), V.UNVERIFIABLE, (), None),
+    ("adopt, not where the socket could not be asked",
+     healthy(pid_file=ABSENT, keeper=OTHER, listening=Listening.NOT_ASKED, listener=None),
+     V.UNVERIFIABLE, (), None),
+    ("adopt, ours looks itself", healthy(pid_file=ABSENT, listener=None),
+     V.ADOPT, (Rebind(KEEPER),), 1.0),
     # orphan keeper: the agent is known gone, for 500 ms
     ("orphan keeper, may end by itself", healthy(agent=replace(GONE, since=NOW - 0.25)),
      V.ORPHAN, (), 0.25),
@@ -272,6 +277,7 @@ TABLE: tuple[Row, ...] = (
      V.ORPHAN_AGENT, (StopAgent(AGENT),), None),
     ("orphan agent, not proven", left(agent=UNPROVEN), V.UNVERIFIABLE, (), None),
     ("orphan agent, not known", left(agent=MAYBE), V.UNVERIFIABLE, (), None),
+    ("orphan agent, not known, no file is left", nothing(agent=MAYBE), V.UNVERIFIABLE, (), None),
     # unreachable: the keeper is proven, its socket gone for longer than settle
     ("unreachable, ours", healthy(socket=aged(ABSENT, 2.0), listening=Listening.NOT_ASKED),
      V.UNREACHABLE, (Rebind(KEEPER),), 1.0),
@@ -362,6 +368,9 @@ WISHED: tuple[tuple[str, Desired, Observation, Verdict, tuple[Action, ...]], ...
     ("unwanted, hostile", Desired.ABSENT, healthy(socket=HOSTILE), V.REFUSED, ()),
     ("unwanted, usurped", Desired.ABSENT, healthy(rivals=(SECOND,)), V.USURPED,
      (StopKeeper(RIVAL, at_once=True),)),
+    ("unwanted, usurped, and no socket is left", Desired.ABSENT,
+     healthy(keeper=OTHER, rivals=(SECOND,), socket=ABSENT, listening=Listening.NOT_ASKED,
+             listener=None), V.STOPPING, (StopKeeper(KEEPER),)),
     ("wanted", Desired.PRESENT, healthy(), V.READY, ()),
     ("wanted, orphan", Desired.PRESENT, healthy(agent=GONE), V.ORPHAN, (StopKeeper(KEEPER),)),
     ("wanted, dead", Desired.PRESENT, left(), V.STALE, (REMOVE_ALL,)),
@@ -443,142 +452,6 @@ def test_whose_exit_brings_the_next_look(seen: Observation, watched: set[Process
 def test_a_proven_keeper_without_a_process_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="has a process"):
         decide(healthy(keeper=Keeper(KeeperState.PROVEN)), FOUND, POLICY)
-
-
-# All observations there are.
-
-moments = st.sampled_from([NOW, NOW - 0.3, NOW - 1.9, NOW - 2.0, NOW - 6.0, NOW - OLD])
-files = st.builds(
-    FileId,
-    st.just(8),
-    st.integers(1, 3),
-    st.sampled_from([WRITTEN, WRITTEN + 1]),
-    st.integers(0, 3),
-)
-processes = st.sampled_from([KEEPER, AGENT, RIVAL, STRANGER])
-bare_entries = st.builds(
-    Entry,
-    st.sampled_from([EntryKind.ABSENT, EntryKind.HOSTILE, EntryKind.UNKNOWN]),
-    moments,
-    detail=st.just("why"),
-)
-sockets = bare_entries | st.builds(Entry, st.just(EntryKind.SOCKET), moments, files)
-pids = st.sampled_from([100, 101, 200, 300])
-named = st.builds(Entry, st.just(EntryKind.PID), moments, files, pids)
-pid_files = (
-    named
-    | bare_entries
-    | st.builds(Entry, st.sampled_from([EntryKind.EMPTY, EntryKind.BROKEN]), moments, files)
-)
-ages = st.sampled_from([0.0, 1.0, 4.9, 5.0, OLD])
-keepers = st.builds(
-    Keeper, st.sampled_from(KeeperState), processes, st.booleans(), ages, st.just("why")
-)
-agents = st.builds(
-    Agent, st.sampled_from(AgentState), moments, st.none() | processes, st.booleans()
-)
-
-
-@st.composite
-def observations(draw: st.DrawFn) -> Observation:
-    """Whatever a look can give: claims by a pid file, answers of a socket that is there."""
-    keeper = draw(keepers)
-    by_file = keeper.state in {KeeperState.RECYCLED, KeeperState.UNVERIFIABLE}
-    beside = draw(st.lists(processes, max_size=2, unique=True))
-    alone = keeper.state in {KeeperState.NONE, KeeperState.RECYCLED}
-    rivals = (
-        Keeper(KeeperState.PROVEN, process, draw(st.booleans()), draw(ages))
-        for process in beside
-        if process != keeper.process and not alone
-    )
-    socket = draw(sockets)
-    asked = socket.kind is EntryKind.SOCKET
-    listening = draw(st.sampled_from(Listening)) if asked else Listening.NOT_ASKED
-    return Observation(
-        sid="s1",
-        now=NOW,
-        pid_file=draw(named if by_file else pid_files),
-        socket=socket,
-        agent_file=draw(pid_files),
-        keeper=NONE if keeper.state is KeeperState.NONE else keeper,
-        listening=listening,
-        listener=draw(st.none() | processes) if listening is Listening.ANSWERED else None,
-        agent=draw(agents),
-        rivals=tuple(rivals),
-        remote=draw(st.booleans()),
-        seen_alive=draw(st.booleans()),
-    )
-
-
-TERMINAL = {
-    V.ABSENT,
-    V.READY,
-    V.UNREACHABLE,
-    V.MISSING,
-    V.REFUSED,
-    V.UNVERIFIABLE,
-}
-
-
-def check_removal(seen: Observation, action: Remove) -> None:
-    assert seen.keeper.state in {KeeperState.NONE, KeeperState.RECYCLED}
-    assert seen.listening is not Listening.ANSWERED
-    assert seen.listening is Listening.REFUSED or not seen.socket.present
-    assert seen.agent.state in {AgentState.GONE, AgentState.NEVER_SEEN}
-    assert seen.seen_alive or not seen.remote
-    judged = [(role, entry.file) for role, entry in seen.entries if entry.present]
-    assert list(action.entries) == judged != []
-
-
-def check_action(seen: Observation, action: Action) -> None:
-    proven = [k.process for k in (seen.keeper, *seen.rivals) if k.state is KeeperState.PROVEN]
-    match action:
-        case Remove():
-            check_removal(seen, action)
-        case StopKeeper():
-            assert action.process in proven
-            assert not (seen.rivals and action.process == seen.listener)
-        case Rebind() | Adopt():
-            assert action.process in proven
-        case StopAgent():
-            assert seen.agent.state is AgentState.ALIVE
-            assert seen.agent.proven
-            assert action.process == seen.agent.process
-            assert not proven
-
-
-@settings(max_examples=1000, derandomize=True)
-@given(seen=observations(), desired=st.sampled_from(Desired))
-def test_what_always_holds(seen: Observation, desired: Desired) -> None:
-    plan = decide(seen, desired, POLICY)
-    doubtful = {EntryKind.HOSTILE, EntryKind.UNKNOWN} & {entry.kind for _, entry in seen.entries}
-    if seen.keeper.state is KeeperState.UNVERIFIABLE or doubtful:
-        assert not plan.actions
-    for action in plan.actions:
-        check_action(seen, action)
-    if plan.again_after is not None:
-        assert 0 < plan.again_after <= max(POLICY.start_grace, POLICY.lost_grace)
-    elif not plan.actions:
-        assert plan.verdict in TERMINAL
-    if desired is Desired.ABSENT:
-        assert plan.verdict not in {V.READY, V.MISSING}
-
-
-@settings(max_examples=300, derandomize=True)
-@given(seen=observations(), later=st.sampled_from([2.0, 10.0]))
-def test_what_is_only_waited_for_ends(seen: Observation, later: float) -> None:
-    """If nothing changes, the looks that were asked for end in an action or in rest."""
-    looks = 0
-    while not (plan := decide(seen, FOUND, POLICY)).actions and plan.again_after is not None:
-        looks += 1
-        assert looks < 6
-        step = max(plan.again_after, later)
-        seen = replace(
-            seen,
-            now=seen.now + step,
-            keeper=replace(seen.keeper, age=seen.keeper.age + step),
-            rivals=tuple(replace(rival, age=rival.age + step) for rival in seen.rivals),
-        )
 
 
 # The table of sessions.
