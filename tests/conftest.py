@@ -141,8 +141,8 @@ def identity(pid: int) -> ProcessId:
     return process
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
+@contextlib.contextmanager
+def sessions_folder() -> Iterator[Path]:
     """A sessions folder where the contract wants it, so that any keeper can serve it.
 
     Its path is short enough for any socket's name, which pytest's own are not. What still
@@ -155,6 +155,12 @@ def folder() -> Iterator[Path]:
     yield path
     end_all(path)
     shutil.rmtree(home)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with sessions_folder() as path:
+        yield path
 
 
 def end_all(folder: Path) -> None:
