@@ -115,6 +115,10 @@ class Histories(RuleBasedStateMachine):
         self.wanted: set[str] = set()
         self.hostile: dict[Path, tuple[int, ...]] = {}
         self.must_die: list[ProcessId] = []
+        self.steps: list[str] = []
+        """What was done; Hypothesis cannot tell it where a second run goes another way."""
+        self.left: dict[str, ProcessId] = {}
+        """Agents that a dead keeper of another make has left, until they are ended."""
         self.started: list[ProcessId] = []
         self.usurpers: list[subprocess.Popen[bytes]] = []
         self.number = 0
@@ -206,8 +210,11 @@ class Histories(RuleBasedStateMachine):
             spawned = asyncio.run(manager.spawn(sid, agent_command=agent, ready=False, timeout=60))
             keeper = spawned.keeper_pid
         self.rubble.discard(sid)
+        # A known limit: who starts in place of a dead keeper wipes out its agent's only trace.
+        traceless = self.left.pop(sid, None)
+        self.must_die = [process for process in self.must_die if process != traceless]
         self._lives(sid, make, keeper, out)
-        self._count(f"spawn {make}")
+        self._count(f"spawn {make}", sid)
 
     def _lives(self, sid: str, make: str, keeper: int, out: Path | None) -> None:
         agents: list[int] = []
@@ -247,7 +254,7 @@ class Histories(RuleBasedStateMachine):
         self.usurpers.append(second)
         self._lives(life.sid, "other", second.pid, None)
         self.must_die += [life.keeper, life.agent]
-        self._count("usurp")
+        self._count("usurp", life.sid)
         self.rest()  # else the first one may outlive the second, and take its names again
 
     # Ending.
@@ -262,8 +269,10 @@ class Histories(RuleBasedStateMachine):
         traced = AGENT_FILE not in life.gone and not life.misnamed
         if life.make == "ours" or traced or (life.known and self.daemon.up):
             self.must_die.append(life.agent)
+        if life.make == "other":
+            self.left[life.sid] = life.agent
         self._ended(life)
-        self._count("kill keeper")
+        self._count("kill keeper", life.sid)
 
     def _ended(self, life: Life) -> None:
         del self.lives[life.sid]
@@ -279,7 +288,7 @@ class Histories(RuleBasedStateMachine):
         os.kill(life.agent.pid, signal.SIGKILL)
         self._ended(life)
         self.ending.add(life.sid)
-        self._count("kill agent")
+        self._count("kill agent", life.sid)
 
     @precondition(lambda self: self.lives and self.daemon.up)
     @rule(number=st.integers(0, 3))
@@ -295,7 +304,7 @@ class Histories(RuleBasedStateMachine):
         assert not alive(life.keeper.pid)
         assert not alive(life.agent.pid)
         assert not self.files(life.sid)
-        self._count("stop")
+        self._count("stop", life.sid)
 
     # Sleeping.
 
@@ -306,7 +315,7 @@ class Histories(RuleBasedStateMachine):
         assert life is not None
         os.kill(life.keeper.pid, signal.SIGSTOP)
         life.asleep = True
-        self._count("keeper asleep")
+        self._count("keeper asleep", life.sid)
 
     @precondition(lambda self: self.pick(0, asleep=True))
     @rule(number=st.integers(0, 3))
@@ -315,7 +324,7 @@ class Histories(RuleBasedStateMachine):
         assert life is not None
         os.kill(life.keeper.pid, signal.SIGCONT)
         life.asleep = False
-        self._count("keeper awake")
+        self._count("keeper awake", life.sid)
 
     @precondition(lambda self: self.pick(0, agent_asleep=False))
     @rule(number=st.integers(0, 3))
@@ -324,7 +333,7 @@ class Histories(RuleBasedStateMachine):
         assert life is not None
         os.kill(life.agent.pid, signal.SIGSTOP)
         life.agent_asleep = True
-        self._count("agent asleep")
+        self._count("agent asleep", life.sid)
 
     @precondition(lambda self: self.pick(0, agent_asleep=True))
     @rule(number=st.integers(0, 3))
@@ -333,7 +342,7 @@ class Histories(RuleBasedStateMachine):
         assert life is not None
         os.kill(life.agent.pid, signal.SIGCONT)
         life.agent_asleep = False
-        self._count("agent awake")
+        self._count("agent awake", life.sid)
 
     # Files are taken from under a living keeper.
 
@@ -344,7 +353,7 @@ class Histories(RuleBasedStateMachine):
         assert life is not None
         self.path(life.sid, ending).unlink(missing_ok=True)
         self._taken(life, ending)
-        self._count(f"remove {ending}")
+        self._count(f"remove {ending}", life.sid)
 
     def _taken(self, life: Life, ending: str) -> None:
         if ending == AGENT_FILE or (ending == SOCKET and life.make == "other"):
@@ -360,7 +369,7 @@ class Histories(RuleBasedStateMachine):
         assert life is not None
         self.path(life.sid, PID_FILE).write_text(self._text(text, life.sid))
         self._taken(life, PID_FILE)
-        self._count(f"scribble {text!r}")
+        self._count(f"scribble {text!r}", life.sid)
 
     def _text(self, text: str, sid: str) -> str:
         match text:
@@ -394,7 +403,7 @@ class Histories(RuleBasedStateMachine):
         if agent is not None:
             self.path(sid, AGENT_FILE).write_text(self._text(agent, sid))
         self.rubble.add(sid)
-        self._count(f"leave {what!r}")
+        self._count(f"leave {what!r}", sid)
 
     @precondition(lambda self: self.clean)
     @rule(
@@ -455,7 +464,7 @@ class Histories(RuleBasedStateMachine):
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
         life.lines.append(line)
-        self._count("write")
+        self._count("write", life.sid)
 
     # What must be true.
 
@@ -485,6 +494,7 @@ class Histories(RuleBasedStateMachine):
             life.misnamed = life.misnamed and life.asleep
         self.rubble.clear()
         self.ending.clear()
+        self.left.clear()
         self.at_rest = True
 
     def wrong(self) -> list[str]:
@@ -542,10 +552,11 @@ class Histories(RuleBasedStateMachine):
         return not os.path.lexists(path) or fingerprint(path) != self.hostile[path]
 
     def log(self) -> str:
-        return self.daemon.log.read_text()[-6000:]
+        return f"{self.steps}\n{self.daemon.log.read_text()[-6000:]}"
 
-    def _count(self, step: str) -> None:
+    def _count(self, step: str, sid: str = "") -> None:
         self.at_rest = False
+        self.steps.append(f"{step} {sid[-1:]}")
         counts[step] += 1
 
 
