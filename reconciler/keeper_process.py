@@ -80,6 +80,8 @@ LONG_LINE = 64 * 1024 * 1024  # bytes without LF; a longer line is refused
 LAST_PIECE = 256 * 1024  # bytes; parsing JSON costs up to 30 times its size
 SAFE_TO_HOLD = 64  # bytes in all; a kernel buffer this small never keeps a sender waiting
 
+PID_FILE = 64  # bytes read of a pid file; one that is longer says no pid
+
 KEY_MARK = 0x01  # begins no JSON text, and nothing that an agent understands
 KEY_LENGTH = 128  # bytes
 KEYS = 1024  # the newest ones are remembered, for as long as keeper and agent live
@@ -180,10 +182,13 @@ class Folder:
         except OSError:
             return None
         try:
-            text = os.read(fd, 16).strip()
+            text = os.read(fd, PID_FILE)
         finally:
             os.close(fd)
-        return int(text) if text.isdigit() and 0 < int(text) < 2**31 else None
+        if len(text) == PID_FILE:  # there may be more: half of a number would be another one
+            return None
+        digits = text.strip()
+        return int(digits) if digits.isdigit() and 0 < int(digits) < 2**31 else None
 
     def write_pid(self, name: str, pid: int) -> None:
         """Create a pid file, decimal digits and no LF, in place of a stale one of ours."""

@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from raw_keeper import (
@@ -434,14 +435,40 @@ def test_keeper_between_bind_and_listen(session: Session, out: Path) -> None:
         assert session.socket.exists()
 
 
-def test_take_away_puts_back_what_was_not_meant(tmp_path: Path) -> None:
-    """Between the look and the rename a live keeper has come."""
+def keeper_module() -> Any:  # noqa: ANN401 - nobody imports it
+    """The keeper's code, for what can only be seen from the inside."""
     spec = importlib.util.spec_from_file_location("keeper_process", PROGRAM)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    folder = module.Folder(bytes(tmp_path))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "pid"),
+    [
+        (b"1", 1),
+        (b"2147483647", 2147483647),
+        (b"12\n", 12),
+        (b"", None),
+        (b"0", None),
+        (b"2147483648", None),
+        (b"-1", None),
+        (b"1_2", None),
+        pytest.param(b"12" + b" " * 14 + b"34", None, id="more stands behind"),
+        pytest.param(b"0" * 15 + b"12", 12, id="wide"),
+        pytest.param(b"0" * 62 + b"12", None, id="may go on"),
+    ],
+)
+def test_what_a_pid_file_says(tmp_path: Path, text: bytes, pid: int | None) -> None:
+    (tmp_path / "x.rpc.sock.pid").write_bytes(text)
+    assert keeper_module().Folder(bytes(tmp_path)).read_pid("x.rpc.sock.pid") == pid
+
+
+def test_take_away_puts_back_what_was_not_meant(tmp_path: Path) -> None:
+    """Between the look and the rename a live keeper has come."""
+    folder = keeper_module().Folder(bytes(tmp_path))
     path = tmp_path / "x.rpc.sock"
     listen(path).close()
     dead = path.lstat()
