@@ -32,13 +32,13 @@ class Registry:
         self._path = path
         self._complain = complain
         self._state: tuple[int, ...] | None = None
-        self._agents: dict[str, int] = {}
+        self._agents: dict[str | int, int] = {}
 
     def agent_pid(self, sid: str, keeper_pid: int) -> int | None:
         """The agent's pid that the registry gives for a session, or None."""
         self._refresh()
         by_socket = self._agents.get(file_name(Role.SOCKET, sid, "linux"))
-        return by_socket or self._agents.get(f"pid {keeper_pid}")
+        return by_socket or self._agents.get(keeper_pid)
 
     def _refresh(self) -> None:
         try:
@@ -64,20 +64,20 @@ class Registry:
             return file.read(LIMIT)
 
 
-def _agents(text: bytes) -> dict[str, int]:
-    """Agents' pids, by the socket's base name and by ``pid <keeper's pid>``."""
+def _agents(text: bytes) -> dict[str | int, int]:
+    """Agents' pids, by the socket's base name or, where none is given, by the keeper's pid."""
     content = msgspec.json.decode(text)
     entries = content.get("entries") if isinstance(content, Mapping) else None
     if not isinstance(entries, list):
         raise ValueError("it holds no list of entries")  # noqa: TRY004 - it is the file's value
-    agents: dict[str, int] = {}
+    agents: dict[str | int, int] = {}
     for entry in entries:
         if not isinstance(entry, Mapping) or not _is_pid(agent := entry.get("piPid")):
             continue
         if isinstance(path := entry.get("keeperSockPath"), str):
             agents[os.path.basename(path)] = agent
         elif _is_pid(keeper := entry.get("keeperPid")):
-            agents[f"pid {keeper}"] = agent
+            agents[keeper] = agent
     return agents
 
 

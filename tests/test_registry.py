@@ -65,6 +65,9 @@ def without(*keys: str) -> dict[str, object]:
         pytest.param(
             [{**without("keeperSockPath"), "keeperPid": 101}], None, id="another's keeper"
         ),
+        pytest.param(
+            [{**ENTRY, "keeperSockPath": "/x/pid 100"}], None, id="a socket named like a keeper"
+        ),
         pytest.param([{**ENTRY, "piPid": 1}], None, id="init"),
         pytest.param([{**ENTRY, "piPid": 0}], None, id="zero"),
         pytest.param([{**ENTRY, "piPid": -5}], None, id="negative"),
