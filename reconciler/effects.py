@@ -122,10 +122,12 @@ class Effects:
         group = isinstance(action, StopKeeper) and not seen.rivals  # the winner may be in it
         with contextlib.ExitStack() as held:
             target = held.enter_context(self._target(seen, action))
-            left = self._agents_of(seen, action.process, held) if at_once and target.proven else []
+            # Its agents first, while the keeper proves them: else, were we killed in between,
+            # nobody could tell any more whose they are. It must not see them go.
+            if at_once and target.send(signal.SIGSTOP):
+                for agent in self._agents_of(seen, action.process, held):
+                    await end(agent, self._ladder)
             success, detail = await end(target, self._ladder, group=group, at_once=at_once)
-            for agent in left:
-                await end(agent, self._ladder)
         return success, detail
 
     def _target(self, seen: Observation, action: StopKeeper | StopAgent) -> Target:

@@ -307,6 +307,30 @@ def test_a_usurped_keeper_is_killed_at_once_and_the_winners_files_survive(
         assert (judge(seen).verdict, seen.listener) == (Verdict.READY, identity(second))
 
 
+def test_the_agent_of_a_usurped_keeper_ends_while_that_still_proves_it(
+    node_manager: KeeperManager, probe: Probe, effects: Effects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were we killed in between, the agent would be nobody's, and live for ever."""
+    first = spawn(node_manager, SID).keeper_pid
+    agent = agent_of(node_manager, SID)
+    sent: list[tuple[int, signal.Signals, bool]] = []
+    send = Target.send
+
+    def noted(target: Target, number: signal.Signals, *, group: bool = False) -> bool:
+        sent.append((target.process.pid, number, alive(agent)))
+        return send(target, number, group=group)
+
+    monkeypatch.setattr(Target, "send", noted)
+    with usurper(node_manager, SID):
+        seen = probe.look(SID)
+        stop(effects, seen, StopKeeper(identity(first), at_once=True))
+    assert sent == [
+        (first, signal.SIGSTOP, True),
+        (agent, signal.SIGTERM, True),
+        (first, signal.SIGKILL, False),
+    ]
+
+
 def test_a_usurped_keeper_that_is_asked_to_end_would_take_the_winners_files(
     node_manager: KeeperManager,
 ) -> None:
