@@ -28,6 +28,23 @@ T = TypeVar("T", str, bytes)
 
 WAITS = "print(os.getpid(), flush=True); signal.pause()"
 
+RECORDER = """
+import contextlib, os, signal, sys
+out = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+for number in signal.valid_signals():
+    with contextlib.suppress(OSError, ValueError):
+        signal.signal(number, lambda number, _: os.write(out, b"signal %d\\n" % number))
+os.write(out, b"up\\n")
+while block := os.read(0, 65536):
+    os.write(out, block)
+"""
+"""Writes down every signal that it gets, and every line that it is sent."""
+
+
+def recorder(path: Path) -> tuple[str, ...]:
+    """A stand-in agent, or an innocent, that writes down in a file what comes to it."""
+    return (sys.executable, "-I", "-S", "-c", RECORDER, str(path))
+
 
 @contextlib.contextmanager
 def ending(process: subprocess.Popen[T]) -> Iterator[subprocess.Popen[T]]:
