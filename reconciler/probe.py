@@ -29,6 +29,7 @@ from reconciler.state import (
     Leftover,
     Listening,
     Observation,
+    ProcessId,
     Session,
 )
 
@@ -121,9 +122,11 @@ class Probe:
         claimed = self._claimed(sid, pid_file, before)
         asked = self._ask(sid, socket, claimed, before)
         keeper = self._keeper(sid, claimed, asked)
-        rivals = self._rivals(sid, keeper, {*scanned, *_once_proven(before), *_named(asked)})
-        if keeper.state in {KeeperState.NONE, KeeperState.RECYCLED} and rivals:
-            keeper, *rivals = rivals
+        rivals = self._rivals(
+            sid, keeper, {*scanned, *(each.pid for each in _once_proven(before)), *_named(asked)}
+        )
+        if keeper.state in {KeeperState.NONE, KeeperState.RECYCLED}:
+            keeper, *rivals = rivals or [self._without_proof(sid, before) or keeper]
         leftovers = self._left(sid, keeper, before, scanned, marked)
         seen = Observation(
             sid=sid,
@@ -232,6 +235,22 @@ class Probe:
         proven = [each for each in found if each.state is KeeperState.PROVEN]
         return sorted(proven, key=lambda each: -each.age)
 
+    def _without_proof(self, sid: str, before: Observation | None) -> Keeper | None:
+        """A keeper that was proven and lives on, though nothing proves it any more.
+
+        Its files are gone, and its logs with them. It is not dead, and its agent no orphan.
+        """
+        for process in _once_proven(before):
+            known = self.identity.identify(sid, process.pid)
+            if known.state is KeeperState.UNVERIFIABLE and self._lives_on(process):
+                return known
+        return None
+
+    def _lives_on(self, process: ProcessId) -> bool:
+        """It is not about to be dead: then it has closed its files, and goes as it should."""
+        facts = self._processes.facts(process.pid)
+        return facts.process == process and not facts.dying
+
 
 def _without(leftovers: tuple[Leftover, ...], agent: Agent) -> tuple[Leftover, ...]:
     return tuple(leftover for leftover in leftovers if leftover.process != agent.process)
@@ -247,11 +266,11 @@ def _named(asked: Asked) -> Iterable[int]:
     return (asked.listener.pid,) if asked.named and asked.listener else ()
 
 
-def _once_proven(before: Observation | None) -> Iterable[int]:
+def _once_proven(before: Observation | None) -> tuple[ProcessId, ...]:
     """The keepers that the look before has proven; files may be gone while they live."""
     keepers = (before.keeper, *before.rivals) if before else ()
     return tuple(
-        each.process.pid
+        each.process
         for each in keepers
         if each.state is KeeperState.PROVEN and each.process is not None
     )

@@ -472,6 +472,22 @@ def test_a_keeper_whose_files_were_deleted(
         assert (plan.verdict, plan.actions) == (Verdict.LOST, (expected,))
 
 
+def test_a_keeper_whose_files_were_deleted_with_its_logs_is_not_dead(
+    node_manager: KeeperManager, probe: Probe
+) -> None:
+    """Nothing proves it any more, and its agent is nobody's leftover for that."""
+    spawned = spawn(node_manager, SID)
+    seen = probe.look(SID)
+    assert seen.agent.proven
+    for path in node_manager.sessions_dir.iterdir():
+        path.unlink()
+    seen = probe.look(SID, seen)
+    assert seen.keeper.process == identity(spawned.keeper_pid)
+    assert decide(seen, Desired.AS_FOUND, NOW).verdict is Verdict.UNVERIFIABLE
+    seen = probe.look(SID, seen)
+    assert decide(seen, Desired.AS_FOUND, NOW).actions == ()
+
+
 def test_a_keeper_without_files_that_ended_is_nobody(manager: KeeperManager, probe: Probe) -> None:
     pid = spawn(manager, SID).keeper_pid
     before = probe.look(SID)
