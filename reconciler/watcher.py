@@ -11,7 +11,9 @@ Nobody acts on what an event says: it only names where to look.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import stat
 import sys
 import threading
@@ -119,20 +121,24 @@ if sys.platform == "linux":
         | InotifyConstants.IN_ATTRIB
         | InotifyConstants.IN_ONLYDIR
     )
-    _ABOVE = Mask(_SELF | InotifyConstants.IN_ONLYDIR)
+    _ABOVE = Mask(_SELF | InotifyConstants.IN_ATTRIB | InotifyConstants.IN_ONLYDIR)
     _PARENT = Mask(_ABOVE | InotifyConstants.IN_DELETE | InotifyConstants.IN_MOVED_TO)
-    # A folder that somebody holds open, as we do, gives no notice of its own removal.
+    # A folder that somebody holds open, as we do, gives no notice of its own removal; and a
+    # link never gives one when it is turned elsewhere.
     _OURS = CallbackId(1)
 
     Chain = tuple[tuple[str, int, int, bool], ...]
     """The existing folders from the root down: device, inode, and whether we may read it."""
 
     class _Inotify(InotifyFD):
-        """Gives its descriptors back even if its thread never came to read, or it failed."""
+        """Tells of changed mounts, too: they bring no event, and lead a path elsewhere.
+
+        Gives its descriptors back even if its thread never came to read, or it failed.
+        """
 
         _inotify_fd = -1
 
-        def __init__(self) -> None:
+        def __init__(self, on_mounts: Callable[[], None]) -> None:
             try:
                 super().__init__()
             except OSError:  # its own descriptor may have been the last one
@@ -140,6 +146,25 @@ if sys.platform == "linux":
                     os.close(self._inotify_fd)
                 raise
             self._is_reading = False
+            self._on_mounts = on_mounts
+            self._waiting = select.poll()
+            self._waiting.register(self._inotify_fd, select.POLLIN)
+            self._waiting.register(self._kill_r, select.POLLIN)
+            self._mounts = -1
+            with contextlib.suppress(OSError):  # without it the resync has to do
+                self._mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
+                self._waiting.register(self._mounts, select.POLLPRI)
+
+        def _check_inotify_fd(self) -> bool:
+            ready = {descriptor for descriptor, _ in self._waiting.poll()}
+            if self._mounts in ready:
+                self._on_mounts()
+            return self._inotify_fd in ready
+
+        def _close_resources(self) -> None:
+            super()._close_resources()
+            if self._mounts >= 0:
+                os.close(self._mounts)
 
     class _Laid:
         """One laying of the chain: an inotify instance and what its watches mean."""
@@ -147,7 +172,7 @@ if sys.platform == "linux":
         def __init__(self, emitter: _FolderEmitter, chain: Chain) -> None:
             self.emitter = emitter
             self.chain = chain
-            self._inotify = _Inotify()
+            self._inotify = _Inotify(emitter.recheck)
             self._current = True
             try:
                 self._add_watches(emitter.path)
@@ -169,9 +194,15 @@ if sys.platform == "linux":
                     mask, link = _ENTRIES, _SessionsFolder(self, path)
                 else:
                     child = os.fsencode(Path(target).parts[depth])
-                    mask = {0: _APPEARING, 1: _PARENT}.get(len(self.chain) - depth, _ABOVE)
-                    link = _FolderAbove(self, child)
+                    mask, link = self._mask(depth), _FolderAbove(self, child)
                 self._inotify.add_callback(os.fsencode(path), mask, link, _OURS)
+
+        def _mask(self, depth: int) -> Mask:
+            """What to ask of a folder above: the more, the less its child tells itself."""
+            if depth == len(self.chain):
+                return _APPEARING
+            is_parent = depth == len(self.chain) - 1
+            return _PARENT if is_parent or os.path.islink(self.chain[depth][0]) else _ABOVE
 
         def changed(self) -> None:
             """Something of the chain moved, went or appeared."""
@@ -191,7 +222,11 @@ if sys.platform == "linux":
             self._child = child
 
         def on_event(self, event: InotifyEvent) -> None:
-            if event.name in {b"", self._child}:
+            if event.name not in {b"", self._child}:
+                return
+            if event.mask & InotifyConstants.IN_ATTRIB:  # it may be readable now, or not any more
+                self._laid.emitter.recheck()
+            else:
                 self._laid.changed()
 
         def on_watch_deleted(self, wd: WatchDescriptor) -> None:
@@ -210,7 +245,7 @@ if sys.platform == "linux":
 
         def on_event(self, event: InotifyEvent) -> None:
             if not event.name:
-                self._laid.changed()
+                super().on_event(event)
             elif claims(name := os.fsdecode(event.name)):
                 self._laid.emitter.queue_event(FileClosedEvent(os.path.join(self._path, name)))
 

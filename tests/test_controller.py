@@ -1121,7 +1121,7 @@ async def test_without_file_events_the_full_look_finds_everything(folder: Path) 
 async def test_a_folder_that_cannot_be_watched_is_told_of_once_and_looked_at_all_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none_left() -> None:
+    def none_left(_: object) -> None:
         raise OSError(24, "inotify instance limit reached")
 
     monkeypatch.setattr(watcher, "_Inotify", none_left)
