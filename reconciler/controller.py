@@ -467,7 +467,9 @@ class Reconciler:
         try:
             self._serve_folder()
             self._watcher.recheck()
-            if self._folder is not None:
+            if self._folder is not None and self._folder.folder.closed_to_us():
+                self._complain("folder.unusable", "cannot be read: Permission denied")
+            elif self._folder is not None:
                 why_not = "" if self.dry_run else self._folder.why_not
                 self._complain("folder.observed_only", why_not)
                 self._hint_all(self._folder)

@@ -129,6 +129,10 @@ class Folder:
             return False
         return (status.st_dev, status.st_ino) == self.key
 
+    def closed_to_us(self) -> bool:
+        """Whether its mode keeps us from its entries; we may have opened it before."""
+        return not os.access(".", os.R_OK | os.X_OK, dir_fd=self.fd, effective_ids=True)
+
     def distrust(self) -> str:
         """Why what stands in the folder must not be acted upon, or nothing."""
         return trust.distrust(self.fd, self.path)
