@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -182,19 +182,26 @@ def end_all(folder: Path) -> None:
                     continue
 
 
+PROGRAM = (sys.executable, "-m", "reconciler")
+"""How the command line is run."""
+
+
 class Daemon:
     """The background process on a folder, as a user runs it. Its log is read back."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(
+        self, folder: Path, log: Path, *options: str, program: Sequence[str] = PROGRAM
+    ) -> None:
         self.folder = folder
         self.log = log
+        self._command = (*program, "run", "--log-form", "json", *options)
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = program_environment(self.folder)
         started = self._count("reconciler.started")
         with self.log.open("ab") as log:
-            command = (*PROGRAM, "run", "--log-form", "json", "--sessions-dir", str(self.folder))
+            command = (*self._command, "--sessions-dir", str(self.folder))
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         until(lambda: self._count("reconciler.started") > started, "the daemon runs")
         return process
@@ -202,8 +209,8 @@ class Daemon:
     def _count(self, event: str) -> int:
         return self.log.read_text().count(f'"{event}"') if self.log.exists() else 0
 
-    def of(self, event: str, sid: str) -> list[dict[str, Any]]:
-        """The log's lines of one event of one session."""
+    def of(self, event: str, sid: str = "") -> list[dict[str, Any]]:
+        """The log's lines of one event, of one session if one is given."""
         lines = (line for line in self.log.read_text().splitlines(keepends=True))
         told = (json.loads(line) for line in lines if line.endswith("}\n") and sid in line)
         return [line for line in told if line["event"] == event]
@@ -218,10 +225,6 @@ class Daemon:
         """SIGTERM; the exit code."""
         self.process.terminate()
         return self.process.wait(WAIT)
-
-
-PROGRAM = (sys.executable, "-m", "reconciler")
-"""How the command line is run."""
 
 
 def program_environment(folder: Path) -> dict[str, str]:
