@@ -55,7 +55,7 @@ from reconciler.spawning import OUR_KEEPER
 from reconciler.state import ProcessId
 
 CAMPAIGN = bool(os.environ.get("PI_RECONCILER_CAMPAIGN"))
-HISTORIES = int(os.environ.get("PI_RECONCILER_HISTORIES", "300" if CAMPAIGN else "6"))
+HISTORIES = int(os.environ.get("PI_RECONCILER_HISTORIES", "300" if CAMPAIGN else "5"))
 STEPS = int(os.environ.get("PI_RECONCILER_STEPS", "30" if CAMPAIGN else "15"))
 
 SIDS = tuple(str(uuid.UUID(int=number, version=4)) for number in range(1, 5))
