@@ -500,8 +500,7 @@ class Reconciler:
                 for sid in wishes - suspects.marked.keys() - self.sessions.keys():
                     forget_wish(served.folder, sid)
         except OSError as error:
-            reason = f"not all could be looked at: {error.strerror}"
-            self._log.warning("folder.half_read", folder=str(served.folder.path), reason=reason)
+            self._tell_half_read(served, error)
 
     async def _list(self, served: _Served) -> set[str]:
         """Ask for a look at every session that a name stands for, in slices of time.
@@ -543,9 +542,15 @@ class Reconciler:
     async def _find_leftovers(self, served: _Served) -> None:
         try:
             await self._scan(served)
+        except OSError as error:
+            self._tell_half_read(served, error)
         finally:
             self._hints.release(LOOK_FOR_LEFTOVERS)
             self._wake()
+
+    def _tell_half_read(self, served: _Served, error: OSError) -> None:
+        reason = f"not all could be looked at: {error.strerror}"
+        self._log.warning("folder.half_read", folder=str(served.folder.path), reason=reason)
 
     def _recover(self, folder: Folder, name: str) -> None:
         try:

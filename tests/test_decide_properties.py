@@ -29,6 +29,7 @@ from reconciler.state import (
     FileId,
     Keeper,
     KeeperState,
+    Leftover,
     Listening,
     Observation,
     Plan,
@@ -38,6 +39,7 @@ from reconciler.state import (
     Remove,
     StopAgent,
     StopKeeper,
+    StopLeftovers,
     Verdict,
     decide,
 )
@@ -71,9 +73,13 @@ K = KeeperState
 A = AgentState
 
 
+LEFTOVERS = ((), (Leftover(STRANGER, "sleep"),), (Leftover(STRANGER, "a"), Leftover(AGAIN, "b")))
+
+
 # What a look can give.
 
-times = sorted({0.0, OLD, *(getattr(POLICY, each.name) for each in fields(Policy))})
+values = [getattr(POLICY, each.name) for each in fields(Policy)]
+times = sorted({0.0, OLD, *(value for value in values if not isinstance(value, str))})
 ages = st.sampled_from(
     [age for time in times for age in (time - EIGHTH, time, time + EIGHTH) if age >= 0]
 )
@@ -143,6 +149,8 @@ def observations(draw: st.DrawFn) -> Observation:
         rivals=tuple(rival for rival in rivals if rival.process != keeper.process),
         remote=draw(st.booleans()),
         seen_alive=draw(st.booleans()),
+        leftovers=draw(st.sampled_from(LEFTOVERS)),
+        leave=draw(st.booleans()),
     )
     if draw(rarely):
         return with_entry(seen, draw(st.sampled_from(CLAIM)), draw(unclear))
@@ -225,10 +233,30 @@ def every_observation() -> Iterator[Observation]:
             )
 
 
+def what_is_left_over() -> Iterator[Observation]:
+    """Each state of an agent, beside what its session has started, when all else is gone."""
+    absent = Entry(E.ABSENT, NOW - OLD)
+    for state, leave, leftovers in itertools.product(A, (False, True), LEFTOVERS):
+        yield Observation(
+            sid="s1",
+            now=NOW,
+            pid_file=absent,
+            socket=absent,
+            agent_file=absent,
+            keeper=Keeper(K.NONE),
+            listening=Listening.NOT_ASKED,
+            listener=None,
+            agent=Agent(state, NOW - OLD),
+            leftovers=leftovers,
+            leave=leave,
+        )
+
+
 @functools.cache
 def worlds() -> tuple[tuple[Desired, Observation], ...]:
     every = ((desired, seen) for seen in every_observation() for desired in Desired)
-    return tuple(itertools.islice(every, 0, None, STEP))
+    left = ((desired, seen) for seen in what_is_left_over() for desired in Desired)
+    return (*itertools.islice(every, 0, None, STEP), *left)
 
 
 # What each action needs to be seen. Every line is a rule of "What always holds".
@@ -257,6 +285,12 @@ def check_action(seen: Observation, desired: Desired, action: Action) -> None:
         case Remove():
             assert not proven
             check_removal(seen, action)
+        case StopLeftovers(stopped):
+            assert not proven
+            assert not any(entry.present for _, entry in seen.entries)
+            assert stopped == tuple(leftover.process for leftover in seen.leftovers) != ()
+            assert desired is Desired.ABSENT, "it is the policy to report"
+            assert not seen.leave
         case StopAgent():
             assert not proven
             check_nobody_answers(seen)
@@ -337,6 +371,7 @@ def check_rest(seen: Observation, desired: Desired, plan: Plan) -> None:
             assert not any(entry.present for _, entry in seen.entries)
             assert seen.keeper.state is K.NONE
             assert seen.agent.state in {A.GONE, A.NEVER_SEEN}, "not known is not gone"
+            assert not seen.leftovers
             assert (plan.verdict is V.MISSING) == (desired is Desired.PRESENT)
         case V.READY:
             assert seen.keeper.state is K.PROVEN
@@ -350,6 +385,10 @@ def check_rest(seen: Observation, desired: Desired, plan: Plan) -> None:
             assert desired is not Desired.ABSENT, "an unwanted keeper is ended"
             assert not seen.keeper.ours, "ours binds again"
             assert seen.listening is not Listening.ANSWERED
+        case V.LEFTOVERS:
+            assert seen.over
+            assert seen.leftovers
+            assert seen.leave or desired is not Desired.ABSENT
         case V.REFUSED:
             assert any(entry.kind is E.HOSTILE for _, entry in seen.entries)
         case V.UNVERIFIABLE:
@@ -426,7 +465,7 @@ def a_wall_clock_that_was_set_does_not_matter(seen: Observation, desired: Desire
 
 def kinds_and_processes(plan: Plan) -> list[tuple[type[Action], ProcessId | None]]:
     return [
-        (type(action), None if isinstance(action, Remove) else action.process)
+        (type(action), None if isinstance(action, Remove | StopLeftovers) else action.process)
         for action in plan.actions
     ]
 
@@ -479,6 +518,7 @@ def doubts(seen: Observation) -> Iterator[Observation]:
     yield replace(seen, keeper=replace(seen.keeper, age=0.0))
     yield replace(seen, agent=replace(seen.agent, proven=False))
     yield replace(seen, agent=replace(seen.agent, since=seen.now))
+    yield replace(seen, leave=True)
     yield replace(seen, remote=True)
     yield replace(seen, seen_alive=False)
     if seen.listener in {None, seen.keeper.process}:
@@ -498,6 +538,9 @@ def a_session_that_is_not_wanted_needs_the_same_proofs(seen: Observation, _: Des
     found, unwanted = (decide(seen, wish, POLICY) for wish in (Desired.AS_FOUND, Desired.ABSENT))
     if seen.keeper.state is K.PROVEN:
         assert all(isinstance(action, StopKeeper | Rebind) for action in unwanted.actions)
+    elif found.verdict is V.LEFTOVERS:
+        stops = (StopLeftovers(tuple(leftover.process for leftover in seen.leftovers)),)
+        assert (unwanted.verdict, unwanted.actions) == (V.LEFTOVERS, () if seen.leave else stops)
     else:
         assert unwanted == found
 
