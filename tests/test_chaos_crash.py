@@ -211,12 +211,12 @@ async def other_lives(scene: Scene, sid: str) -> None:
 
 async def hidden_alive(scene: Scene, sid: str) -> None:
     await scene.session(sid, scene.ours)
-    scene.hide(sid, SOCKET)
+    scene.hide(sid, PID_FILE)
 
 
 async def other_hidden_alive(scene: Scene, sid: str) -> None:
     await scene.session(sid, scene.other)
-    scene.hide(sid, PID_FILE)
+    scene.hide(sid, SOCKET)  # it would not bind again
 
 
 async def orphan(scene: Scene, sid: str, manager: KeeperManager | None = None) -> None:
