@@ -201,7 +201,7 @@ CHECKED = "it is not known, and told once; nobody it names is harmed, and what i
 def test_registries_that_cannot_be_used_and_such_that_lie(
     world: World, daemon: Daemon, fault: Fault
 ) -> None:
-    for _ in fault.rounds(short=1, full=30):
+    for _ in fault.rounds(short=1, full=20):
         for what, write in {**USABLE, **UNUSABLE}.items():
             before = told(daemon)
             world.sessions_die(write, what)
