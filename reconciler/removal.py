@@ -15,6 +15,7 @@ import fcntl
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -185,8 +186,7 @@ def recover(folder: Folder, name: str) -> Fate | None:
     parts = _HIDDEN.fullmatch(name)
     if parts is None or claims(original := parts["name"]) is None:
         return None
-    remover = int(parts["remover"])  # in a container each start may get the same pid
-    if remover != os.getpid() and SYSTEM.facts(remover).life is not Life.DEAD:
+    if _may_be_at_work(folder, int(parts["remover"])):
         return None
     entry = _look(folder, name)
     if not entry.present:
@@ -198,6 +198,18 @@ def recover(folder: Folder, name: str) -> Fate | None:
         return Fate.CHANGED
     os.unlink(name, dir_fd=folder.fd)
     return Fate.REMOVED
+
+
+def _may_be_at_work(folder: Folder, remover: int) -> bool:
+    """Whether a process may be the one that gave a hidden name, or its pid is another's by now.
+
+    Who removes holds the folder open all the while.
+    """
+    if remover == os.getpid():  # in a container each start may get the same pid
+        return False
+    if SYSTEM.facts(remover).life is Life.DEAD:
+        return False
+    return sys.platform != "linux" or SYSTEM.holds(remover, {folder.key}) is not False
 
 
 def _is_dead(folder: Folder, name: str, entry: Entry) -> bool:

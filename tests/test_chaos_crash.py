@@ -129,9 +129,10 @@ class Scene:
     def path(self, sid: str, ending: str) -> Path:
         return self.folder / f"{sid}{ending}"
 
-    def hide(self, sid: str, ending: str) -> None:
+    def hide(self, sid: str, ending: str, remover: int = 0) -> None:
         """As a removal does that was killed then."""
-        self.path(sid, ending).rename(self.folder / f".{sid}{ending}.taken-{dead_pid()}")
+        hidden = f".{sid}{ending}.taken-{remover or dead_pid()}"
+        self.path(sid, ending).rename(self.folder / hidden)
 
     def found(self) -> Mapping[str, bytes | None]:
         found: dict[str, bytes | None] = {}
@@ -198,7 +199,7 @@ async def recycled(scene: Scene, sid: str) -> None:
 async def left_hidden(scene: Scene, sid: str) -> None:
     await stale(scene, sid)
     scene.hide(sid, SOCKET)
-    scene.hide(sid, PID_FILE)
+    scene.hide(sid, PID_FILE, scene.innocent)  # the remover's pid is another's by now
 
 
 async def lives(scene: Scene, sid: str) -> None:

@@ -480,11 +480,19 @@ def test_on_a_network_filesystem_nothing_is_taken_for_dead(
 
 
 def test_what_a_living_remover_works_on_is_its_own(opened: Folder) -> None:
-    with running() as (pid,):
+    with running(held=(opened.fd,)) as (pid,):
         name = hidden(PID_FILE, pid)
         (opened.path / name).write_text(str(dead_pid()))
         assert recover(opened, name) is None
         assert claimed(opened.path).keys() == {name}
+
+
+def test_a_process_that_has_the_removers_pid_by_now_keeps_nobody_from_it(opened: Folder) -> None:
+    """It does not hold the folder open, as who removes does."""
+    with running() as (pid,):
+        name = hidden(PID_FILE, pid)
+        (opened.path / name).write_text(str(dead_pid()))
+        assert recover(opened, name) is Fate.REMOVED
 
 
 def test_a_forerunner_with_our_own_pid_does_not_block_us(opened: Folder, stale: Entries) -> None:
