@@ -28,21 +28,29 @@ ROOT = os.geteuid() == 0
 BOUND = ("setpriv", "--inh-caps=-all", "--bounding-set=-all") if ROOT else ()
 """Bound by the modes of files, as every user but root is."""
 
+
+def works(*command: str) -> bool:
+    return subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(
+    not works("env", *BOUND), reason="needs setpriv (util-linux) to give root's rights up"
+)
 needs_mounts = pytest.mark.skipif(
-    subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0,
-    reason="needs a mount namespace of its own",
+    not (ROOT and works("env", "unshare", "-m")), reason="needs a mount namespace of its own"
 )
 
 
 class Lives:
     """A session that lives while its folder comes and goes."""
 
-    def __init__(self, folder: Path, sid: str, command: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, sid: str, make: tuple[str, ...]) -> None:
         self._folder = folder
         self._sid = sid
         self._record = folder.parents[2] / f"{sid}.record"
-        manager = KeeperManager(folder, keeper_command=(*BOUND, *command))
-        spawned = asyncio.run(manager.spawn(sid, agent_command=recorder(self._record)))
+        manager = KeeperManager(folder, keeper_command=(*BOUND, *make))
+        command = recorder(self._record)
+        spawned = asyncio.run(manager.spawn(sid, agent_command=command, ready=False))
         until((folder / f"{sid}.rpc.sock.pi-pid").exists, "the agent pid file")
         until(lambda: self._record.exists() and self._record.read_bytes(), "the agent runs")
         pids = spawned.keeper_pid, agent_of(manager, sid)
