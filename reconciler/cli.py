@@ -255,6 +255,7 @@ def run(
     Log and metrics for an operator:  pi-reconciler run --log-form json --metrics 127.0.0.1:9464
     """  # noqa: D301 - click wants the real character
     import asyncio
+    import gc
 
     from reconciler.controller import Reconciler
     from reconciler.logs import make_logger
@@ -269,6 +270,7 @@ def run(
         metrics=_metrics(*metrics) if metrics else None,
     )
     _raise_descriptor_limit()
+    gc.freeze()  # a full collection holds the loop up: it need not walk all that was imported
     asyncio.run(_serve(reconciler, once=once))
 
 
