@@ -48,6 +48,8 @@ QUICK = """
 settle = 0.5
 start_grace = 1.0
 orphan_grace = 0.1
+lost_grace = 1.0
+rebind_grace = 0.3
 [ladder]
 term_grace = 0.2
 """
@@ -161,7 +163,7 @@ class Bystanders:
         self.innocent = subprocess.Popen(recorder(self._innocents_word), stdin=subprocess.PIPE)
         commands = {sid: recorder(told) for sid, told in self._told.items()}
         self.keepers = spawn_all(manager, commands, env=env)
-        until(lambda: all(map(_is_ready, (*self._told.values(), self._innocents_word))))
+        until(lambda: all(map(is_ready, (*self._told.values(), self._innocents_word))))
         agents = [agent_of(manager, sid) for sid in self._told]
         pids = [*(each.keeper_pid for each in self.keepers), *agents, self.innocent.pid]
         self._identities = [identity(pid) for pid in pids]
@@ -196,7 +198,8 @@ class Bystanders:
             self.innocent.kill()
 
 
-def _is_ready(told: Path) -> bool:
+def is_ready(told: Path) -> bool:
+    """Whether a recorder has begun to write down what comes."""
     return told.exists() and "ready" in told.read_text()
 
 
@@ -255,8 +258,12 @@ def stale_pairs(folder: Path, sids: Iterable[str]) -> None:
 
 def left_by(folder: Path, sids: Iterable[str]) -> list[str]:
     """The claims of these sessions that still stand in a folder, taken ones among them."""
-    prefixes = tuple(form for sid in sids for form in (f"{sid}.rpc.sock", f".{sid}.rpc.sock"))
-    return [name for name in os.listdir(folder) if name.startswith(prefixes)]
+    known = frozenset(sids)
+    return [name for name in os.listdir(folder) if _session(name) in known]
+
+
+def _session(name: str) -> str:
+    return name.removeprefix(".").partition(".rpc.sock")[0]
 
 
 def gone(folder: Path, sids: Sequence[str]) -> Callable[[], bool]:
