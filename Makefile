@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 AGENT_VERSION := 0.74.2
-PACKAGES := faketime
 AGENT := .tools/agent/node_modules/.bin/pi
+FAULT_TOOLS := bindfs faketime
 ARGS ?=
 JOBS ?= 4
 
@@ -19,7 +19,7 @@ help: ## Show what there is
 run: $(VENV)/.run ## Keep the sessions folder right (ARGS="--dry-run" for more)
 	$(BIN)/pi-reconciler run $(ARGS)
 
-test: $(VENV)/.test tools agent lint ## Lint, types, contracts, all tests, coverage gate
+test: $(VENV)/.test agent tools lint ## Lint, types, contracts, all tests, coverage gate
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 	$(BIN)/coverage combine --quiet
@@ -40,12 +40,15 @@ format: $(VENV)/.test ## Put the code into its form
 campaign: $(VENV)/.test agent ## The longer races and random histories
 	PI_RECONCILER_CAMPAIGN=1 $(BIN)/pytest -m campaign $(ARGS)
 
-chaos: $(VENV)/.test tools agent ## Every fault of the campaign, many rounds, one row each (ARGS="-k clock")
+chaos: $(VENV)/.test agent tools ## Every fault of the campaign, many rounds, one row each (ARGS="-k clock")
 	PI_RECONCILER_CAMPAIGN=1 $(BIN)/pytest -m chaos --timeout 7200 $(ARGS)
 
-tools: ## Debian packages that faults of the campaign need; tests without theirs are skipped
-	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && ! dpkg -s $(PACKAGES) >/dev/null 2>&1; then \
-	  apt-get update -qq && apt-get install -qq -y $(PACKAGES); fi
+# Debian's packages, each named like its command. A fault without its tool is skipped, and says so.
+tools: ## What some faults need of the system, installed as root where there is apt
+	@missing=$$(for tool in $(FAULT_TOOLS); do command -v $$tool >/dev/null || echo $$tool; done); \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq; apt-get install -y -qq $$missing || echo "not installed: $$missing"; \
+	fi
 
 bench: $(VENV)/.run ## Measure, against peers in the same run (ARGS=--quick for a short one)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from conftest import (
     Daemon,
     bare_socket,
     dead_pid,
+    end_all,
     identity,
     root,
     stale_pair,
@@ -38,6 +40,7 @@ from stand_ins import ending, kill
 
 from reconciler import folder as folder_module
 from reconciler.errors import NoSuchSessionError, UnverifiableError
+from reconciler.folder import Answer, Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM
 from reconciler.processes import SYSTEM
@@ -294,6 +297,49 @@ def test_a_filesystem_that_other_hosts_share(
 
 def _seen(manager: KeeperManager, sid: str) -> bool:
     return sid in {entry.sid for entry in asyncio.run(manager.discover())}
+
+
+@contextlib.contextmanager
+def mounted(source: Path, folder: Path) -> Iterator[None]:
+    """The folder is a FUSE mount of another that calls itself a network's filesystem."""
+    mount = ["bindfs", "-o", "subtype=sshfs", str(source), str(folder)]
+    subprocess.run(mount, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        end_all(folder)
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@root
+@pytest.mark.root
+@pytest.mark.skipif(shutil.which("bindfs") is None, reason="needs bindfs: make tools")
+@pytest.mark.timeout(600)
+@pytest.mark.chaos("foreign", CHECKED)
+def test_a_keeper_of_another_host(folder: Path, tmp_path: Path, fault: Fault) -> None:
+    """It lives and listens there; here its pid is nobody's, and its socket refuses."""
+    manager = KeeperManager(folder)
+    with contextlib.ExitStack() as stack:
+        there = stack.enter_context(another_folder(folder))
+        stack.enter_context(mounted(there, folder))
+        daemon = stack.enter_context(daemon_on(folder, tmp_path / "log"))
+        for round_ in fault.rounds(short=1, full=15):
+            sid = str(uuid.uuid4())
+            with container(there, sid, 3000, tmp_path / f"m{round_}") as pid:
+                keeper, before = identity(pid), files(there, sid)
+                with Folder(folder) as here:
+                    assert here.remote
+                    assert here.ask(f"{sid}.rpc.sock").answer is Answer.REFUSED
+                daemon.crash_and_restart()
+                until(functools.partial(daemon.of, "session.unverifiable", sid), "it is told")
+                with pytest.raises(UnverifiableError):
+                    asyncio.run(manager.stop(sid))
+                ours, _ = begin(manager, seen := str(uuid.uuid4()), SINK)
+                kill_once_followed(daemon, ours)
+                until(functools.partial(_cleaned, folder, seen), "what was seen alive is cleaned")
+                unharmed = SYSTEM.facts(pid).process == keeper
+                fault.holds(unharmed, "the keeper of the other host lives")
+                fault.holds(files(there, sid) == before, "it keeps its files")
 
 
 def kill_once_followed(daemon: Daemon, pid: int) -> None:

@@ -263,7 +263,7 @@ def test_hostile_entries_of_every_kind(
         listeners = [identity(pid) for pid in stack.enter_context(sockets(folder))]
         lives = live_session(manager, record)
         foreign_names(folder)
-        for number in fault.rounds(short=3, full=40):
+        for number in fault.rounds(short=1, full=40):
             hostile = Hostile(folder, number, blameless, daemon.process.pid)
             hostile.plant()
             for each in range(4):

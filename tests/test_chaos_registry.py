@@ -231,7 +231,7 @@ def test_a_registry_that_is_replaced_while_it_is_read(
     replacing = threading.Thread(target=replace)
     replacing.start()
     try:
-        for _ in fault.rounds(short=3, full=CHANGES):
+        for _ in fault.rounds(short=2, full=CHANGES):
             world.sessions_die(absent, "replaced")
             world.nobody_is_harmed("replaced")
     finally:

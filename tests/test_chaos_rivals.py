@@ -122,7 +122,7 @@ def test_one_is_killed_and_the_next_starts_at_the_same_instant(
     chance = random.Random(SEED)
     live = lives(manager, tmp_path)
     with onlooker(folder, log) as looking, Folder(folder) as opened:
-        for number in fault.rounds(short=2, full=30):
+        for number in fault.rounds(short=1, full=30):
             holder = opened.lock_holder()
             fault.holds(holder == daemon.process.pid, f"the daemon has the lock: {holder}")
             heir = command(folder, "run", "--log-form", "json")
@@ -168,7 +168,7 @@ def test_commands_beside_the_daemon(
 ) -> None:
     folder = daemon.folder
     live = lives(manager, tmp_path)
-    for number in fault.rounds(short=2, full=30):
+    for number in fault.rounds(short=1, full=30):
         sid, keeper, agent = begin(manager)
         stops = [command(folder, "stop", sid) for _ in range(2)]
         once = command(folder, "run", "--once")
@@ -262,7 +262,7 @@ def test_the_dashboards_discovery_beside_the_daemon(
     folder, manager = daemon.folder, KeeperManager(daemon.folder)
     with discovery.paused():
         living = [lives(each, tmp_path) for each in (manager, manager, node_manager)]
-    for number in fault.rounds(short=2, full=30):
+    for number in fault.rounds(short=1, full=30):
         dying = []
         for position, fate in enumerate(FATES):
             node = (number + position) % 4 == 0

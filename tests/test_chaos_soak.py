@@ -30,7 +30,7 @@ from reconciler.processes import SYSTEM
 from reconciler.rpc_writer import RpcWriter, WritePolicy
 from reconciler.state import ProcessId
 
-SECONDS = float(os.environ.get("PI_RECONCILER_SOAK", "1800" if CAMPAIGN else "10"))
+SECONDS = float(os.environ.get("PI_RECONCILER_SOAK", "1800" if CAMPAIGN else "8"))
 SEED = int(os.environ.get("PI_RECONCILER_SEED", "1"))
 SESSIONS = 200 if CAMPAIGN else 20
 AT_ONCE = 6
