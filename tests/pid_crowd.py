@@ -78,7 +78,6 @@ def start(pid: int, begin: Callable[[], int]) -> int:
             return pid
         os.kill(child, signal.SIGKILL)
         reap(child)
-        reap_all()
     return 0
 
 
@@ -109,6 +108,8 @@ class Session:
     keeper: int = 0
     agent: int = 0
     files: list[Path] = field(default_factory=list)
+    _held: dict[int, int] = field(default_factory=dict)
+    """Descriptors, by pid: of its keeper, then of its agent."""
 
     def begin(self, folder: Path) -> int:
         """Start its keeper as a child of this process; its pid."""
@@ -133,24 +134,30 @@ class Session:
     def is_up(self) -> bool:
         agent_file = self.files[2]
         text = agent_file.read_text() if agent_file.exists() else ""
-        self.agent = int(text or 0)
+        if text and not self._held:
+            self.agent = int(text)
+            self._held = {pid: os.pidfd_open(pid) for pid in (self.keeper, self.agent)}
         return bool(text)
 
     def is_gone(self) -> bool:
         return not any(map(os.path.lexists, self.files))
 
     def end(self) -> list[int]:
-        """Kill what lives of it, reap it, and give the numbers that are free now."""
-        for pid in (self.keeper, self.agent):
-            if pid:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                if pid == self.keeper and self.kind == "agent lives on":
-                    time.sleep(random.uniform(0.0, 0.004))  # somebody else may be ending it
-        numbers = [self.keeper, self.agent] if self.agent else [self.keeper]
-        for pid in numbers:
-            reap(pid)
-        return numbers
+        """Kill what lives of it, reap it, and give the numbers that are free now.
+
+        By descriptors: what was stopped already may have been reaped, and its number be
+        somebody else's.
+        """
+        for pid, pidfd in self._held.items():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            if pid == self.keeper and self.kind == "agent lives on":
+                time.sleep(random.uniform(0.0, 0.004))  # somebody else may be ending it
+        for pidfd in self._held.values():
+            with contextlib.suppress(ChildProcessError):  # an agent that its keeper has reaped
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.close(pidfd)
+        return [*self._held]
 
 
 class Crowd:
@@ -231,7 +238,7 @@ class Crowd:
     def _act(self, sessions: list[Session]) -> None:
         for session in sessions:
             if session.kind == "frozen and stopped":
-                os.kill(session.keeper, signal.SIGSTOP)
+                os.kill(session.keeper, signal.SIGSTOP)  # our child, and not yet reaped
             if "stopped" in session.kind:
                 self.ask_stop(session)
         latest = 2.1 if random.random() < 0.1 else 0.03  # SIGKILL follows SIGTERM after 2 s
