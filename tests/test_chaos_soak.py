@@ -312,23 +312,23 @@ def _slope(samples: list[Sample]) -> float:
 async def _soak(world: World, meter: Meter, daemon: Daemon, managers: list[KeeperManager]) -> None:
     """All at once; the daemon that lives in the second half of the time is measured."""
     begun = time.monotonic()
-    measured, end = begun + SECONDS / 2, begun + SECONDS
+    half, end = begun + SECONDS / 2, begun + SECONDS
+    measuring = asyncio.Event()
 
     async def things_happen() -> None:
         while time.monotonic() < end:
             await world.step(managers)
 
     async def the_daemon_crashes() -> None:
-        while True:
-            await asyncio.sleep(world.random.uniform(0.5, 1.0) * SECONDS / 20)
-            if time.monotonic() > measured:
-                return
+        while time.monotonic() < half:
             await asyncio.to_thread(daemon.crash_and_restart)
+            await asyncio.sleep(world.random.uniform(0.5, 1.0) * SECONDS / 20)
+        measuring.set()
 
     async def all_is_watched() -> None:
         while time.monotonic() < end:
             world.check()
-            if time.monotonic() > measured:
+            if measuring.is_set():
                 meter.take()
             await asyncio.sleep(0.25 if SECONDS < 60 else 1.0)
 
@@ -337,6 +337,7 @@ async def _soak(world: World, meter: Meter, daemon: Daemon, managers: list[Keepe
             tasks.create_task(things_happen())
         tasks.create_task(the_daemon_crashes())
         tasks.create_task(all_is_watched())
+    meter.take()
 
 
 @pytest.mark.timeout(SECONDS + 300)
