@@ -58,7 +58,7 @@ CAMPAIGN = bool(os.environ.get("PI_RECONCILER_CAMPAIGN"))
 HISTORIES = int(os.environ.get("PI_RECONCILER_HISTORIES", "300" if CAMPAIGN else "5"))
 STEPS = int(os.environ.get("PI_RECONCILER_STEPS", "30" if CAMPAIGN else "15"))
 
-SIDS = tuple(str(uuid.UUID(int=number, version=4)) for number in range(1, 5))
+SIDS = tuple(str(uuid.UUID(int=number, version=4)) for number in range(1, 7))
 PROGRAMS = {"ours": OUR_KEEPER, "other": ("node", str(NODE_KEEPER))}
 MAKES = ("ours", "other") if shutil.which("node") else ("ours",)
 SOCKET, PID_FILE, AGENT_FILE = ".rpc.sock", ".rpc.sock.pid", ".rpc.sock.pi-pid"
@@ -133,6 +133,8 @@ class Histories(RuleBasedStateMachine):
         self.daemon.start()
         for place, make in enumerate(makes):
             self.spawn(0, make, hung=place == 0, wanted=False)
+        self.leave(0, "innocent", "dead")
+        self.put_hostile(0, SOCKET, "fifo")
 
     def teardown(self) -> None:
         try:
@@ -186,7 +188,7 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: self.free)
     @rule(
-        number=st.integers(0, 3),
+        number=st.integers(0, 5),
         make=st.sampled_from(MAKES),
         hung=st.booleans(),
         wanted=st.booleans(),
@@ -224,13 +226,17 @@ class Histories(RuleBasedStateMachine):
                 agents.append(int(self.path(sid, AGENT_FILE).read_text()))
             return bool(agents) and agents[-1] in (SYSTEM.children(keeper) or ())
 
-        until(up, f"the agent of {sid} is up")
+        try:
+            until(up, f"the agent of {sid} is up")
+        except pytest.fail.Exception:
+            said = (self.folder / f"keeper-{sid}.log").read_text()
+            raise AssertionError(f"{sid} has no agent: {said}; {self.log()}") from None
         life = Life(sid, make, identity(keeper), identity(agents[-1]), out)
         self.lives[sid] = life
         self.started += [life.keeper, life.agent]
 
     @precondition(lambda self: len(MAKES) > 1 and self.pick(0, asleep=False))
-    @rule(number=st.integers(0, 3))
+    @rule(number=st.integers(0, 5))
     def usurp(self, number: int) -> None:
         """A second keeper takes the names of the first."""
         self.rest()
@@ -260,7 +266,7 @@ class Histories(RuleBasedStateMachine):
     # Ending.
 
     @precondition(lambda self: self.lives)
-    @rule(number=st.integers(0, 3))
+    @rule(number=st.integers(0, 5))
     def kill_keeper(self, number: int) -> None:
         life = self.pick(number)
         assert life is not None
@@ -280,7 +286,7 @@ class Histories(RuleBasedStateMachine):
         self.rubble.add(life.sid)
 
     @precondition(lambda self: self.lives)
-    @rule(number=st.integers(0, 3))
+    @rule(number=st.integers(0, 5))
     def kill_agent(self, number: int) -> None:
         """A keeper ends with its agent, or is ended if it sleeps."""
         life = self.pick(number)
@@ -291,7 +297,7 @@ class Histories(RuleBasedStateMachine):
         self._count("kill agent", life.sid)
 
     @precondition(lambda self: self.lives and self.daemon.up)
-    @rule(number=st.integers(0, 3))
+    @rule(number=st.integers(0, 5))
     def stop(self, number: int) -> None:
         life = self.pick(number)
         assert life is not None
@@ -309,7 +315,7 @@ class Histories(RuleBasedStateMachine):
     # Sleeping.
 
     @precondition(lambda self: self.pick(0, asleep=False))
-    @rule(number=st.integers(0, 3))
+    @rule(number=st.integers(0, 5))
     def keeper_falls_asleep(self, number: int) -> None:
         life = self.pick(number, asleep=False)
         assert life is not None
@@ -318,7 +324,7 @@ class Histories(RuleBasedStateMachine):
         self._count("keeper asleep", life.sid)
 
     @precondition(lambda self: self.pick(0, asleep=True))
-    @rule(number=st.integers(0, 3))
+    @rule(number=st.integers(0, 5))
     def keeper_wakes_up(self, number: int) -> None:
         life = self.pick(number, asleep=True)
         assert life is not None
@@ -327,7 +333,7 @@ class Histories(RuleBasedStateMachine):
         self._count("keeper awake", life.sid)
 
     @precondition(lambda self: self.pick(0, agent_asleep=False))
-    @rule(number=st.integers(0, 3))
+    @rule(number=st.integers(0, 5))
     def agent_falls_asleep(self, number: int) -> None:
         life = self.pick(number, agent_asleep=False)
         assert life is not None
@@ -336,7 +342,7 @@ class Histories(RuleBasedStateMachine):
         self._count("agent asleep", life.sid)
 
     @precondition(lambda self: self.pick(0, agent_asleep=True))
-    @rule(number=st.integers(0, 3))
+    @rule(number=st.integers(0, 5))
     def agent_wakes_up(self, number: int) -> None:
         life = self.pick(number, agent_asleep=True)
         assert life is not None
@@ -347,7 +353,7 @@ class Histories(RuleBasedStateMachine):
     # Files are taken from under a living keeper.
 
     @precondition(lambda self: self.lives)
-    @rule(number=st.integers(0, 3), ending=st.sampled_from([SOCKET, PID_FILE, AGENT_FILE]))
+    @rule(number=st.integers(0, 5), ending=st.sampled_from([SOCKET, PID_FILE, AGENT_FILE]))
     def remove(self, number: int, ending: str) -> None:
         life = self.pick(number)
         assert life is not None
@@ -362,7 +368,7 @@ class Histories(RuleBasedStateMachine):
             life.misnamed = True
 
     @precondition(lambda self: self.lives)
-    @rule(number=st.integers(0, 3), text=st.sampled_from(["", "x", "dead", "innocent", "other"]))
+    @rule(number=st.integers(0, 5), text=st.sampled_from(["", "x", "dead", "innocent", "other"]))
     def scribble(self, number: int, text: str) -> None:
         """Another hand writes into the pid file of a living keeper."""
         life = self.pick(number)
@@ -387,7 +393,7 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: self.clean)
     @rule(
-        number=st.integers(0, 3),
+        number=st.integers(0, 5),
         what=st.sampled_from(["pair", "socket", "", "x", "dead", "innocent", "other"]),
         agent=st.sampled_from([None, "", "x", "dead", "innocent"]),
     )
@@ -407,7 +413,7 @@ class Histories(RuleBasedStateMachine):
 
     @precondition(lambda self: self.clean)
     @rule(
-        number=st.integers(0, 3),
+        number=st.integers(0, 5),
         ending=st.sampled_from([SOCKET, PID_FILE, AGENT_FILE]),
         what=st.sampled_from(["link", "fifo", "folder"]),
     )
@@ -450,7 +456,7 @@ class Histories(RuleBasedStateMachine):
     # The wire.
 
     @precondition(lambda self: any(life.whole and life.out for life in self.lives.values()))
-    @rule(number=st.integers(0, 3))
+    @rule(number=st.integers(0, 5))
     def write(self, number: int) -> None:
         living = [life for life in self.lives.values() if life.whole and life.out]
         life = living[number % len(living)]
