@@ -229,8 +229,7 @@ class Histories(RuleBasedStateMachine):
         try:
             until(up, f"the agent of {sid} is up")
         except pytest.fail.Exception:
-            said = (self.folder / f"keeper-{sid}.log").read_text()
-            raise AssertionError(f"{sid} has no agent: {said}; {self.log()}") from None
+            raise AssertionError(f"{sid} has no agent; {self.log()}") from None
         life = Life(sid, make, identity(keeper), identity(agents[-1]), out)
         self.lives[sid] = life
         self.started += [life.keeper, life.agent]
@@ -558,7 +557,9 @@ class Histories(RuleBasedStateMachine):
         return not os.path.lexists(path) or fingerprint(path) != self.hostile[path]
 
     def log(self) -> str:
-        return f"{self.steps}\n{self.daemon.log.read_text()[-6000:]}"
+        """What was done, and what all of them have said of it."""
+        keepers = {path.name: path.read_text()[-1000:] for path in self.folder.glob("keeper-*.log")}
+        return f"{self.steps}\n{keepers}\n{self.daemon.log.read_text()[-6000:]}"
 
     def _count(self, step: str, sid: str = "") -> None:
         self.at_rest = False
