@@ -232,6 +232,8 @@ TABLE: tuple[Row, ...] = (
      V.STALE, (Remove(((Role.PID_FILE, EMPTY_FILE),)),), None),
     ("stale, broken and old", left(pid_file=BROKEN, socket=ABSENT, agent_file=ABSENT),
      V.STALE, (Remove(((Role.PID_FILE, EMPTY_FILE),)),), None),
+    ("stale, its socket has gone a moment ago",
+     left(socket=aged(ABSENT, 0), agent_file=ABSENT), V.STALE, (REMOVE_PID,), None),
     ("stale, agent known gone", left(agent=GONE), V.STALE, (REMOVE_ALL,), None),
     ("stale, network filesystem, but seen alive here", left(remote=True, seen_alive=True),
      V.STALE, (REMOVE_ALL,), None),
@@ -285,6 +287,9 @@ TABLE: tuple[Row, ...] = (
      V.UNREACHABLE, (Rebind(KEEPER),), 1.0),
     ("unreachable, another make",
      healthy(socket=ABSENT, listening=Listening.NOT_ASKED, keeper=OTHER), V.UNREACHABLE, (), None),
+    ("unreachable, nearly settled",
+     healthy(socket=aged(ABSENT, 1.5), listening=Listening.NOT_ASKED, keeper=OTHER),
+     V.STARTING, (), 0.5),
     ("unreachable, not settled",
      healthy(socket=aged(ABSENT, 0.5), listening=Listening.NOT_ASKED, keeper=OTHER),
      V.STARTING, (), 1.5),
@@ -301,6 +306,11 @@ TABLE: tuple[Row, ...] = (
      V.USURPED, (StopKeeper(RIVAL, at_once=True), StopKeeper(STRANGER)), None),
     ("usurped, the second may be ending",
      healthy(keeper=OTHER, rivals=(young(SECOND, 3.0),)), V.USURPED, (), 2.0),
+    ("usurped, the second may be ending, nearly over",
+     healthy(keeper=OTHER, rivals=(young(SECOND, 4.5),)), V.USURPED, (), 0.5),
+    ("usurped, the grace is over",
+     healthy(keeper=OTHER, rivals=(young(SECOND, 5.0),)),
+     V.USURPED, (StopKeeper(RIVAL, at_once=True),), None),
     ("usurped, nobody is known to listen", healthy(rivals=(SECOND,), listener=None),
      V.UNVERIFIABLE, (), None),
     ("usurped, a stranger listens", healthy(rivals=(SECOND,), listener=STRANGER),
@@ -312,7 +322,13 @@ TABLE: tuple[Row, ...] = (
     ("lost, ours", fileless(keeper=OURS), V.LOST, (Rebind(KEEPER),), 1.0),
     ("lost, another make", fileless(keeper=OTHER), V.LOST, (StopKeeper(KEEPER),), None),
     ("lost, another make, may be slow", fileless(keeper=young(OTHER, 10.0)), V.STARTING, (), 20.0),
-    ("lost, may be starting", fileless(keeper=young(OTHER, 4.0)), V.STARTING, (), 1.0),
+    ("lost, another make, the grace is nearly over", fileless(keeper=young(OTHER, 29.5)),
+     V.STARTING, (), 0.5),
+    ("lost, another make, the grace is over", fileless(keeper=young(OTHER, 30.0)),
+     V.LOST, (StopKeeper(KEEPER),), None),
+    ("lost, may be starting", fileless(keeper=young(OTHER, 4.5)), V.STARTING, (), 0.5),
+    ("lost, ours, the start grace is over", fileless(keeper=young(OURS, 5.0)),
+     V.LOST, (Rebind(KEEPER),), 1.0),
     # hostile: whatever else is seen
     ("hostile socket", healthy(socket=HOSTILE), V.REFUSED, (), None),
     ("hostile pid file", left(pid_file=HOSTILE), V.REFUSED, (), None),
@@ -422,6 +438,58 @@ def test_leftovers_are_watched_and_keep_a_session_from_being_gone() -> None:
 )
 def test_reasons(seen: Observation, reason: str) -> None:
     assert decide(seen, FOUND, POLICY).reason == reason
+
+
+REASONS = {
+    V.STARTING: {
+        "a keeper may be starting",
+        "no agent seen yet",
+        "pid file to be written",
+        "no socket yet",
+        "no socket that answers yet",
+        "no file yet",
+    },
+    V.READY: {"keeper proven"},
+    V.STALE: {
+        "keeper dead",
+        "pid recycled by another process",
+        "pid file empty and old",
+        "pid file broken and old",
+        "no pid file, and nobody listens",
+    },
+    V.ADOPT: {"keeper listens, its pid file does not name it"},
+    V.ORPHAN: {"agent gone, keeper should end by itself", "agent gone, keeper lives on"},
+    V.ORPHAN_AGENT: {"keeper dead, its agent lives on"},
+    V.UNREACHABLE: {
+        "keeper without a socket",
+        "keeper without a socket, and it knows no way to bind again",
+    },
+    V.USURPED: {"a second keeper may be ending", "another keeper owns the socket"},
+    V.LOST: {"keeper without a socket", "keeper without any file"},
+    V.STOPPING: {"not wanted any more"},
+    V.MISSING: {"wanted, and nothing is there"},
+    V.ABSENT: {"nothing is there"},
+    V.UNVERIFIABLE: {
+        "another process listens on the keeper's socket",
+        "the socket could not be asked",
+        "two keepers, and neither is known to listen",
+        "the socket answers, by whom cannot be told",
+        "network filesystem: the keeper may be on another host",
+    },
+}
+"""What each verdict may say; people search their logs for these very words."""
+
+
+def test_reasons_are_constant_phrases() -> None:
+    decided = [decide(seen, FOUND, POLICY) for _, seen, *_ in TABLE]
+    decided += [decide(seen, desired, POLICY) for _, desired, seen, *_ in WISHED]
+    said: dict[Verdict, set[str]] = {verdict: set() for verdict in REASONS}
+    for plan in decided:
+        if plan.verdict in said:
+            said[plan.verdict].add(plan.reason)
+    said[V.UNVERIFIABLE] -= {f"pid_file: {UNREADABLE.detail}", CANNOT_TELL.evidence}
+    said[V.UNVERIFIABLE] -= {f"keeper dead, {agent.evidence}" for agent in (UNPROVEN, MAYBE)}
+    assert said == REASONS
 
 
 def test_the_times_are_the_policys() -> None:
@@ -551,6 +619,55 @@ def test_subscribers_are_told_of_changes_alone() -> None:
     unsubscribe()
     table.record(*judged(left()))
     assert told[2:] == [(V.ABSENT, None)]
+
+
+def test_what_subscribers_are_told_of_a_session_that_leaves() -> None:
+    table = SessionTable()
+    told: list[Session] = []
+    table.subscribe(told.append)
+    table.want("s1", Desired.ABSENT)
+    table.record(*judged(healthy(), Desired.ABSENT))
+    table.record(*judged(nothing(), Desired.ABSENT))
+    assert [(row.sid, row.phase) for row in told] == [("s1", V.STOPPING), ("s1", V.ABSENT)]
+    assert told[-1].desired is FOUND
+
+
+def test_subscribers_are_told_of_a_reset() -> None:
+    table = SessionTable()
+    table.want("s1", Desired.PRESENT)
+    table.record(*judged(healthy(), Desired.PRESENT))
+    told: list[Session] = []
+    table.subscribe(told.append)
+    table.reset("s1")
+    assert told == [Session("s1", Desired.PRESENT)]
+
+
+def test_a_look_at_nothing_of_a_session_that_is_not_known() -> None:
+    table = SessionTable()
+    assert not table.record(*judged(nothing()))
+    assert list(table) == []
+
+
+def test_a_wish_for_a_session_that_is_not_known() -> None:
+    table = SessionTable()
+    table.want("s1", Desired.PRESENT)
+    assert table["s1"] == Session("s1", Desired.PRESENT)
+
+
+def test_a_subscribers_trouble_is_its_own() -> None:
+    trouble = RuntimeError("of a subscriber")
+    complaints: list[Exception] = []
+    told: list[Session] = []
+
+    def fail(_: Session) -> None:
+        raise trouble
+
+    table = SessionTable(complaints.append)
+    table.subscribe(fail)
+    table.subscribe(told.append)
+    table.record(*judged(healthy()))
+    assert complaints == [trouble]
+    assert [row.phase for row in told] == [V.READY]
 
 
 def test_subscribers_may_leave_while_they_are_told() -> None:
