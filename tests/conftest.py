@@ -34,6 +34,8 @@ from reconciler.state import ProcessId, Session
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+os.umask(0o022)  # folders that a group may write to are not trusted: tests must not make such
+
 P = ParamSpec("P")
 
 NODE_KEEPER = Path(__file__).with_name("keepers") / "keeper.cjs"
