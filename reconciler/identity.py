@@ -143,10 +143,14 @@ class Identity:
         return self._processes.holds(pid, self._evidence(sid)) is not False
 
     def _evidence(self, sid: str) -> frozenset[tuple[int, int]]:
-        """The folder and the session's logs, by device and inode: a keeper holds one open."""
+        """The folder and the session's logs, by device and inode: a keeper holds one open.
+
+        A log that has another name as well may be that of a keeper of another folder.
+        """
         found = {self._folder.key}
         for role in (Role.KEEPER_LOG, Role.LAUNCH_LOG):
-            if (status := self._folder.status(file_name(role, sid))) is not None:
+            status = self._folder.status(file_name(role, sid))
+            if status is not None and status.st_nlink == 1:
                 found.add((status.st_dev, status.st_ino))
         return frozenset(found)
 

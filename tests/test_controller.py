@@ -33,6 +33,7 @@ from conftest import (
     stale_pair,
     until,
 )
+from stand_ins import running as program
 
 from reconciler import effects, exits, ladder, probe, removal, watcher
 from reconciler.controller import Reconciler
@@ -1315,3 +1316,24 @@ async def test_another_users_folder_is_only_looked_at(folder: Path) -> None:
     async with running(manager_of(folder)) as (_, told):
         assert "belongs to uid 65534" in told.of("folder.observed_only")[0]["reason"]
         assert len(claims_of(folder)) == 2
+
+
+@asynchronous
+async def test_a_keepers_log_of_another_folder_that_is_linked_here_makes_it_no_keeper(
+    folder: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / f"keeper-{SID}.log"
+    descriptor = os.open(log, os.O_RDWR | os.O_CREAT)  # all that a keeper of another make holds
+    code = "print(os.getpid(), flush=True); signal.pause()"
+    try:
+        with program(code, SID, held=(descriptor,), script=tmp_path / "keeper.cjs") as (pid,):
+            os.link(log, folder / log.name)
+            patient = KeeperManager(folder, policy=Policy(start_grace=0, lost_grace=0, settle=0))
+            async with running(patient) as (reconciler, told):
+                await asyncio.wait_for(reconciler.settled(), 20)
+                assert alive(pid), told.lines
+                os.unlink(log)  # the one name that is left proves it
+                reconciler._hint("*", 0.0)
+                await happens(lambda: not alive(pid), "it is a lost keeper of this folder now")
+    finally:
+        os.close(descriptor)
