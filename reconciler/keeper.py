@@ -43,6 +43,7 @@ from reconciler.state import (
     Policy,
     ProcessId,
     Stop,
+    StopAgent,
     Verdict,
     decide,
 )
@@ -177,13 +178,17 @@ class KeeperManager:
         check(request, self.sessions_dir)
         with self._made_folder() as folder:
             probe = self.probe(folder)
-            self._check_free(request.sid, probe)
+            await self._make_free(request.sid, probe)
             forget_wish(folder, request.sid)
             started = await start(request, probe)
         socket = socket_address(self.sessions_dir, request.sid)
         return SpawnedKeeper(request.sid, started.pid, started.agent_pid, socket)
 
-    def _check_free(self, sid: str, probe: Probe) -> None:
+    async def _make_free(self, sid: str, probe: Probe) -> None:
+        """Refuse a session id that is in use, and end the agent that a dead keeper left.
+
+        The new keeper's agent pid file will take the place of the only trace of that one.
+        """
         seen = probe.look(sid)
         if seen.keeper.state is KeeperState.PROVEN and seen.keeper.process is not None:
             pid = seen.keeper.process.pid
@@ -191,6 +196,14 @@ class KeeperManager:
         plan = decide(seen, Desired.AS_FOUND, self.policy)
         if plan.verdict in {Verdict.REFUSED, Verdict.UNVERIFIABLE}:
             raise UnverifiableError(f"session id {sid} cannot be used here: {plan.reason}")
+        for action in plan.actions:
+            if isinstance(action, StopAgent):
+                done = await Effects(probe, self.ladder).stop(seen, action)
+                if not done.success:
+                    raise StillAliveError(
+                        f"session {sid}: the agent {action.process.pid} of its dead keeper was "
+                        f"not ended: {done.detail}"
+                    )
 
     @contextlib.contextmanager
     def _made_folder(self) -> Iterator[Folder]:

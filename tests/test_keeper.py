@@ -32,6 +32,7 @@ from conftest import (
     stale_pair,
     until,
 )
+from stand_ins import kill
 
 from reconciler import spawning
 from reconciler.errors import (
@@ -853,3 +854,17 @@ def test_the_default_folder_is_the_dashboards(
 ) -> None:
     monkeypatch.setenv("PI_DASHBOARD_HOME", str(tmp_path))
     assert KeeperManager().sessions_dir == tmp_path / ".pi" / "dashboard" / "sessions"
+
+
+@pytest.mark.parametrize("second", ["ours", "other"])
+def test_an_agent_left_behind_is_ended_before_its_session_starts_anew(
+    manager: KeeperManager, node_manager: KeeperManager, second: str
+) -> None:
+    first = asyncio.run(node_manager.spawn("s", agent_command=HUNG))
+    agent = identity(first.agent_pid or 0)
+    kill(first.keeper_pid)
+    assert alive(agent.pid)
+    again = manager if second == "ours" else node_manager
+    spawned = asyncio.run(again.spawn("s", agent_command=HUNG))
+    assert not alive(agent.pid)
+    assert alive(spawned.agent_pid or 0)

@@ -117,8 +117,6 @@ class Histories(RuleBasedStateMachine):
         self.must_die: list[ProcessId] = []
         self.steps: list[str] = []
         """What was done; Hypothesis cannot tell it where a second run goes another way."""
-        self.left: dict[str, ProcessId] = {}
-        """Agents that a dead keeper of another make has left, until they are ended."""
         self.started: list[ProcessId] = []
         self.usurpers: list[subprocess.Popen[bytes]] = []
         self.number = 0
@@ -212,9 +210,6 @@ class Histories(RuleBasedStateMachine):
             spawned = asyncio.run(manager.spawn(sid, agent_command=agent, ready=False, timeout=60))
             keeper = spawned.keeper_pid
         self.rubble.discard(sid)
-        # A known limit: who starts in place of a dead keeper wipes out its agent's only trace.
-        traceless = self.left.pop(sid, None)
-        self.must_die = [process for process in self.must_die if process != traceless]
         self._lives(sid, make, keeper, out)
         self._count(f"spawn {make}", sid)
 
@@ -274,8 +269,6 @@ class Histories(RuleBasedStateMachine):
         traced = AGENT_FILE not in life.gone and not life.misnamed
         if life.make == "ours" or traced or (life.known and self.daemon.up):
             self.must_die.append(life.agent)
-        if life.make == "other":
-            self.left[life.sid] = life.agent
         self._ended(life)
         self._count("kill keeper", life.sid)
 
@@ -499,7 +492,6 @@ class Histories(RuleBasedStateMachine):
             life.misnamed = life.misnamed and life.asleep
         self.rubble.clear()
         self.ending.clear()
-        self.left.clear()
         self.at_rest = True
 
     def wrong(self) -> list[str]:
