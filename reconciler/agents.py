@@ -157,23 +157,27 @@ class Agents:
             return gone
         text = f"process {pid} may be its agent"
         maybe = Agent(AgentState.UNKNOWN, seen.now, facts.process, evidence=text)
-        if facts.life is Life.HIDDEN or self._parent_is_keeper(facts):
+        if facts.life is Life.HIDDEN:
             return maybe
         variables = self._processes.variables(pid, (SESSION_MARKER, SPAWNED))
         if variables is None:
             return maybe if self._processes.facts(pid).process == facts.process else gone
         marker, spawned = variables
-        if spawned != "1" or marker not in {"", seen.sid}:
+        parent = self._session_of_keeper(facts.parent)
+        if parent and seen.sid in {parent, marker}:
+            return maybe  # a living keeper's, of whichever folder: nobody's leftover
+        if parent or spawned != "1" or marker not in {"", seen.sid}:
             return replace(gone, evidence=f"pid {pid} is another process now")
         if not (marker or _born_for(seen, facts)):
             return maybe
         text = f"agent {pid} outlived its keeper"
         return Agent(AgentState.ALIVE, seen.now, facts.process, proven=True, evidence=text)
 
-    def _parent_is_keeper(self, facts: Facts) -> bool:
-        """It is nobody's leftover: a living keeper, of whichever folder, is its parent."""
-        arguments = self._processes.arguments(facts.parent)
-        return bool(arguments and keeper_arguments(arguments, self._programs))
+    def _session_of_keeper(self, pid: int) -> str:
+        """The session of the keeper that a process is, by its arguments; empty: it is none."""
+        arguments = self._processes.arguments(pid)
+        run = keeper_arguments(arguments, self._programs) if arguments else None
+        return run.sid if run else ""
 
 
 def _evidence_of_end(seen: Observation, before: Agent | None, children: tuple[int, ...]) -> str:

@@ -393,6 +393,27 @@ def test_the_child_of_a_living_keeper_is_nobodys_leftover(opened: Folder) -> Non
         assert agent.evidence == f"process {child} may be its agent"
 
 
+@pytest.mark.parametrize("marker", ["s2", ""])
+def test_the_agent_of_another_sessions_keeper_has_only_a_number_in_common(
+    opened: Folder, marker: str
+) -> None:
+    """The dead session's agent has ended, and its number was given away."""
+    with keeper_without_agent(opened.path, "s2", code=CHILD) as (_, child):
+        marked = Odd(variable=lambda _, name: {MARKER: marker, SPAWNED: "1"}[name])
+        left_by_dead_keeper(opened.path, child)
+        agent = Probe(opened, processes=marked).look(SID).agent
+        assert (agent.state, agent.process) == (AgentState.GONE, None)
+        assert agent.evidence == f"pid {child} is another process now"
+
+
+def test_the_child_of_a_keeper_of_the_same_session_may_be_its_agent(opened: Folder) -> None:
+    with keeper_without_agent(opened.path.parent, SID, code=CHILD) as (_, child):
+        marked = Odd(variable=lambda _, name: {MARKER: "", SPAWNED: "1"}[name])
+        left_by_dead_keeper(opened.path, child)
+        agent = Probe(opened, processes=marked).look(SID).agent
+        assert (agent.state, agent.proven) == (AgentState.UNKNOWN, False)
+
+
 def test_an_environment_that_cannot_be_read_says_nothing(opened: Folder, probe: Probe) -> None:
     with running(env={}) as (pid,):
         left_by_dead_keeper(opened.path, pid)
