@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import json
 import sys
@@ -24,14 +23,14 @@ class Lag:
     """How long the running loop was kept from its turn, at most.
 
     Between two ticks passes their pause, and whatever holds the loop up. On a busy machine
-    that is other programs, too. So the time in which threads of this process stood in the queue
-    for a processor (the kernel counts it) is taken off, and no more counts than the processor
-    time that the process has used meanwhile: of all its threads, for one that holds Python's
-    lock holds the loop up. On an idle machine nothing is taken off.
+    that is other programs most of all, so what is judged is the processor time that the loop's
+    own thread has used between two ticks. Another thread of ours that holds Python's lock holds
+    the loop up, too: `ours` counts that as well, but on a busy machine far too much of it.
 
     Attributes:
-        ours: the most seconds that this process itself has taken.
         loops: the most seconds of processor time that the loop's own thread has taken.
+        ours: the most seconds by the clock, without those in which the loop's thread stood in
+            the queue for a processor, and no more than this process has used of any.
         wall: the most seconds by the clock, whoever took them.
     """
 
@@ -48,17 +47,14 @@ class Lag:
             wall = passed - TICK
             self.wall = max(self.wall, wall)
             self.ours = max(self.ours, min(wall - queued, process))
-            self.loops = max(self.loops, min(wall, thread))
+            self.loops = max(self.loops, thread)
             before = now
 
 
 def _clocks() -> tuple[float, float, float, float]:
-    """Seconds: by the clock, of all threads in the queue, of the process, of this thread."""
-    queued = 0
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it has just ended
-            queued += int((task / "schedstat").read_text().split()[1])
-    return time.monotonic(), queued / 1e9, time.process_time(), time.thread_time()
+    """Seconds: by the clock, of this thread in the queue, of the process, of this thread."""
+    _, queued, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    return time.monotonic(), int(queued) / 1e9, time.process_time(), time.thread_time()
 
 
 async def main(folder: Path) -> None:
