@@ -22,7 +22,7 @@ PID_MAX = Path("/proc/sys/kernel/pid_max")
 INSIDE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 NUMBERS = 450
 """Numbers in the namespace: some hundred forks and they come again."""
-SHORT, FULL = 6, 500
+SHORT, FULL = 6, 350
 SEED = int(os.environ.get("PI_RECONCILER_SEED", "1"))
 
 
