@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from conftest import NODE_KEEPER, bare_socket, dead_pid, identity, root, until
 from stand_ins import NOBODY, ending, keeper_without_agent, kill, listening, running, spawn
 
-from reconciler.folder import Folder
+from reconciler.folder import Answer, Folder, Peer
 from reconciler.identity import NOBODY as NO_KEEPER
 from reconciler.identity import NOT_ASKED, Asked, Identity
 from reconciler.keeper import KeeperManager
@@ -139,7 +140,10 @@ def test_programs_are_known_by_setting(
 def test_an_innocent_process_was_given_the_pid(innocent: int, who: Identity) -> None:
     keeper = who.identify(SID, innocent)
     assert (keeper.state, keeper.process) == (KeeperState.RECYCLED, identity(innocent))
-    assert "not a keeper" in keeper.evidence
+    assert (
+        keeper.evidence
+        == f"process {innocent} is {os.path.basename(sys.executable)!r}, not a keeper"
+    )
     assert not who.proves_keeper(SID, identity(innocent))
 
 
@@ -187,6 +191,22 @@ def test_a_thread_of_the_kernel(who: Identity) -> None:
     assert who.identify(SID, threads[0]).state is KeeperState.RECYCLED
 
 
+def test_who_can_be_no_keeper_of_ours(opened: Folder, innocent: int) -> None:
+    """Answers that this system need not give: a kernel's thread, another namespace, a long name."""
+    facts = LINUX.facts(innocent)
+    kernels = Odd(facts=lambda _: replace(facts, kernel=True))
+    keeper = Identity(opened, processes=kernels).identify(SID, innocent)
+    assert (keeper.state, keeper.process) == (KeeperState.RECYCLED, facts.process)
+    assert keeper.evidence == f"{innocent} is the kernel's"
+    elsewhere = Odd(foreign=lambda pid: pid == innocent)
+    keeper = Identity(opened, processes=elsewhere).identify(SID, innocent)
+    assert (keeper.state, keeper.process) == (KeeperState.UNVERIFIABLE, facts.process)
+    assert keeper.evidence == f"process {innocent} lives in another pid namespace"
+    long = Odd(arguments=lambda _: (f"/x/{'n' * 65}", "argument"))
+    keeper = Identity(opened, processes=long).identify(SID, innocent)
+    assert keeper.evidence == f"process {innocent} is {'n' * 64!r}, not a keeper"
+
+
 def dies(facts: Facts) -> Callable[[int], Facts]:
     """Answers once with these facts, and then that there is nobody."""
     answers = [facts]
@@ -202,15 +222,22 @@ def test_what_cannot_be_read(
     """Of a process that lives on it proves nothing; and one that ends meanwhile is nobody."""
     facts = LINUX.facts(innocent)
     system = Odd(
-        facts=dies(facts) if ends else lambda _: facts,
+        facts=dies(facts) if ends else lambda pid: facts if pid == innocent else DEAD,
         arguments=lambda _: arguments,
         holds=lambda *_: holds,
     )
     keeper = Identity(opened, processes=system).identify(SID, innocent)
     if ends:
         assert keeper == NO_KEEPER
+        return
+    assert (keeper.state, keeper.process) == (KeeperState.UNVERIFIABLE, facts.process)
+    assert keeper.age == facts.age
+    if arguments is None:
+        assert keeper.evidence == f"the arguments of process {innocent} cannot be read"
+    elif holds is None:
+        assert keeper.evidence == f"whose folder keeper {innocent} serves cannot be told"
     else:
-        assert (keeper.state, keeper.process) == (KeeperState.UNVERIFIABLE, facts.process)
+        assert keeper.evidence == f"keeper {innocent} has no file of this folder open"
 
 
 def test_who_is_hidden(opened: Folder) -> None:
@@ -235,6 +262,8 @@ def test_who_listens_is_the_keeper_whatever_it_runs(who: Identity, folder: Path)
             identity(pid),
             False,
         )
+        assert keeper.evidence == f"process {pid} listens on the session's socket"
+        assert 0 < keeper.age <= LINUX.facts(pid).age
         assert who.proves_keeper(SID, identity(pid))
         assert not who.proves_keeper("another", identity(pid))
 
@@ -267,6 +296,26 @@ def test_a_dead_listener_whose_socket_lives_on_in_a_child(who: Identity, folder:
         asked = who.connect(SID)
         assert asked == Asked(Listening.ANSWERED)
         assert who.listening_keeper(SID, asked) is None
+
+
+def test_a_later_owner_of_the_listeners_pid_is_not_named(
+    who: Identity, innocent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's word stands in for a pid that was used again between two system calls."""
+    dead = Peer(Answer.ACCEPTED, innocent, alive=False)
+    monkeypatch.setattr(Folder, "ask", lambda *_: dead)
+    assert who.connect(SID) == Asked(Listening.ANSWERED)
+    assert not who.proves_keeper(SID, identity(innocent))
+
+
+def test_a_listener_of_another_pid_namespace_is_not_named(opened: Folder, folder: Path) -> None:
+    """Its pid may be ours to see; what it says of itself is not to be believed."""
+    with listening(folder, SOCKET) as (pid,):
+        who = Identity(opened, processes=Odd(foreign=lambda asked: asked == pid))
+        asked = who.connect(SID)
+        assert asked == Asked(Listening.ANSWERED, identity(pid), named=False)
+        assert who.listening_keeper(SID, asked) is None
+        assert not who.proves_keeper(SID, identity(pid))
 
 
 def test_a_full_backlog_is_an_answer(who: Identity, folder: Path) -> None:
