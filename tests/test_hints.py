@@ -91,7 +91,7 @@ def test_busy_until() -> None:
     assert not hints.busy_until(9.0)
 
 
-@settings(derandomize=True)
+@settings(derandomize=True, deadline=None)
 @given(st.lists(st.tuples(keys, times), max_size=40))
 def test_many_additions_are_as_one_each(added: list[tuple[str, float]]) -> None:
     hints = Hints()

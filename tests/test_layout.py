@@ -136,7 +136,7 @@ def test_an_error_does_not_repeat_an_endless_id() -> None:
     assert len(str(error.value)) < 400
 
 
-@settings(derandomize=True)
+@settings(derandomize=True, deadline=None)
 @given(role=st.sampled_from(Role), sid=sids, platform=platforms)
 def test_a_name_that_was_made_is_read_back(role: Role, sid: str, platform: str) -> None:
     assume((role, platform) != (Role.SOCKET, "win32"))
@@ -145,7 +145,7 @@ def test_a_name_that_was_made_is_read_back(role: Role, sid: str, platform: str) 
     assert claims(name, platform) == (sid if role in CLAIM else None)
 
 
-@settings(derandomize=True)
+@settings(derandomize=True, deadline=None)
 @given(name=names, platform=platforms)
 def test_a_name_that_was_read_is_made_again(name: str, platform: str) -> None:
     read = parse_name(name, platform)
@@ -155,7 +155,7 @@ def test_a_name_that_was_read_is_made_again(name: str, platform: str) -> None:
         assert file_name(read.role, check_sid(read.sid), platform) == name
 
 
-@settings(derandomize=True)
+@settings(derandomize=True, deadline=None)
 @given(sid=sids)
 def test_every_name_of_a_session_id_fits_the_system(sid: str) -> None:
     assert len(file_name(Role.SOCKET, sid, "linux")) < 104
