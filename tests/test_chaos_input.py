@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import os
-import shutil
 import signal
 import stat
 import statistics
@@ -193,9 +192,8 @@ class Hostile:
     def clear(self) -> None:
         for path in (*self.going, *self.staying):
             with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(
-                    path
-                ) else os.unlink(path)
+                is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+                (os.rmdir if is_folder else os.unlink)(path)
 
 
 @contextlib.contextmanager
@@ -233,7 +231,7 @@ def commands_end(folder: Path) -> list[str]:
     """The commands of a client that did not end well in this folder."""
     env = program_environment(folder)
     wrong = []
-    for command in (["ls"], ["ls", "--json"], ["run", "--once", "--dry-run"]):
+    for command in (["ls", "--json"], ["run", "--once", "--dry-run"]):
         done = subprocess.run(
             [*PROGRAM, "--sessions-dir", str(folder), *command],
             capture_output=True,
@@ -279,7 +277,7 @@ def test_hostile_entries_of_every_kind(
             hostile = Hostile(folder, number, blameless, daemon.process.pid)
             hostile.plant()
             hostile.ask_to_stop(manager)
-            for each in range(4):
+            for each in range(3):
                 here.append(kill_to_clean(manager, f"h{number}-{each}"))
                 there.append(kill_to_clean(clean, f"c{number}-{each}"))
             until(hostile.gone, "what names nobody is gone")

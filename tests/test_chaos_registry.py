@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import stat
 import subprocess
 import threading
 import time
@@ -128,7 +129,8 @@ UNUSABLE: dict[str, Write] = {
 
 def clear(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        is_folder = stat.S_ISDIR(path.lstat().st_mode)
+        (path.rmdir if is_folder else path.unlink)()
 
 
 def told(daemon: Daemon) -> int:
