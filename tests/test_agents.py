@@ -399,7 +399,7 @@ def test_the_agent_of_another_sessions_keeper_has_only_a_number_in_common(
 ) -> None:
     """The dead session's agent has ended, and its number was given away."""
     with keeper_without_agent(opened.path, "s2", code=CHILD) as (_, child):
-        marked = Odd(variables=lambda _, names: (marker, "1"))
+        marked = Odd(variables=lambda *_: (marker, "1"))
         left_by_dead_keeper(opened.path, child)
         agent = Probe(opened, processes=marked).look(SID).agent
         assert (agent.state, agent.process) == (AgentState.GONE, None)
@@ -408,7 +408,7 @@ def test_the_agent_of_another_sessions_keeper_has_only_a_number_in_common(
 
 def test_the_child_of_a_keeper_of_the_same_session_may_be_its_agent(opened: Folder) -> None:
     with keeper_without_agent(opened.path.parent, SID, code=CHILD) as (_, child):
-        marked = Odd(variables=lambda _, names: ("", "1"))
+        marked = Odd(variables=lambda *_: ("", "1"))
         left_by_dead_keeper(opened.path, child)
         agent = Probe(opened, processes=marked).look(SID).agent
         assert (agent.state, agent.proven) == (AgentState.UNKNOWN, False)
