@@ -217,7 +217,12 @@ def dies(facts: Facts) -> Callable[[int], Facts]:
 @pytest.mark.parametrize("holds", [None, False])
 @pytest.mark.parametrize("ends", [True, False])
 def test_what_cannot_be_read(
-    opened: Folder, innocent: int, arguments: tuple[str, ...] | None, *, holds: bool, ends: bool
+    opened: Folder,
+    innocent: int,
+    arguments: tuple[str, ...] | None,
+    *,
+    holds: bool | None,
+    ends: bool,
 ) -> None:
     """Of a process that lives on it proves nothing; and one that ends meanwhile is nobody."""
     facts = LINUX.facts(innocent)
