@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import alive, dead_pid, identity, root, stale_pair, until
+from conftest import WAIT, alive, dead_pid, identity, root, stale_pair, until
 from stand_ins import (
     WAITS,
     agent_of,
@@ -29,7 +29,7 @@ from reconciler.keeper import KeeperManager
 from reconciler.ladder import Ladder, end
 from reconciler.layout import KEEPER_PROGRAM, Role, file_name
 from reconciler.probe import Probe
-from reconciler.processes import SYSTEM, Target
+from reconciler.processes import DEAD, LINUX, SYSTEM, Facts, Target
 from reconciler.state import (
     Adopt,
     Agent,
@@ -384,6 +384,26 @@ def test_our_keeper_binds_again(manager: KeeperManager, probe: Probe, effects: E
     assert alive(pid)
 
 
+class Nobody(type(LINUX)):  # type: ignore[misc]
+    """A system on which no process lives."""
+
+    def facts(self, pid: int) -> Facts:  # noqa: ARG002
+        return DEAD
+
+
+def test_only_who_is_there_by_the_systems_word_gets_a_signal(
+    manager: KeeperManager, probe: Probe
+) -> None:
+    """The system that is given is the one that is asked."""
+    pid = spawn(manager, SID).keeper_pid
+    seen = probe.look(SID)
+    effects = Effects(probe, LONG, Nobody())
+    assert not effects.instant(seen, Rebind(identity(pid))).success
+    done = asyncio.run(effects.stop(seen, StopKeeper(identity(pid))))
+    assert (done.success, done.detail) == (False, "not proven any more, not signalled")
+    assert alive(pid)
+
+
 def test_who_is_not_the_keeper_is_not_told(probe: Probe, effects: Effects, innocent: int) -> None:
     done = effects.instant(probe.look(SID), Rebind(identity(innocent)))
     assert (done.success, done.detail) == (False, "not the keeper any more")
@@ -415,6 +435,7 @@ def test_a_keeper_that_listens_gets_its_pid_file(
         assert adopt == Adopt(identity(pid), seen.pid_file.file)
         done = effects.instant(seen, adopt)
         assert (done.success, done.detail) == (True, "pid file written")
+        assert 0 <= done.duration < WAIT
         assert path.read_bytes() == str(pid).encode()
         assert path.stat().st_mode & 0o777 == 0o600
         assert claims(folder).keys() == {SOCKET, PID_FILE}
