@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 RESYNC = 60.0
 """Seconds between two full looks when nothing asks for one; the design's number."""
 
-SLICE = 0.010
+SLICE = 0.005
 """Seconds of looking after which the event loop gets its turn."""
 
 LEFTOVER_PAUSE = 1.0
