@@ -369,6 +369,25 @@ def test_of_the_children_of_a_usurped_keeper_only_its_agent_is_ended(
         assert [alive(child) for child in (agent, listener, winner)] == [False, True, True]
 
 
+def test_a_keeper_that_can_end_its_agent_itself_is_left_to_it(
+    opened: Folder, probe: Probe, effects: Effects
+) -> None:
+    with keeper_without_agent(opened.path, SID, code=CHILDREN) as (pid, agent, listener, winner):
+        rival = Keeper(KeeperState.PROVEN, identity(winner))
+        seen = replace(
+            probe.look(SID, scanned=(pid,)), listener=identity(listener), rivals=(rival,)
+        )
+        action = StopKeeper(identity(pid))
+        done = stop(effects, seen, action)
+        assert (done.action, done.success, done.detail) == (action, True, "ended by SIGTERM")
+        assert [alive(child) for child in (agent, listener, winner)] == [True, True, True]
+
+
+def test_the_ladder_that_is_given_is_climbed(probe: Probe) -> None:
+    assert Effects(probe, SHORT)._ladder is SHORT
+    assert Effects(probe)._ladder == Ladder()
+
+
 # Binding again, and adopting.
 
 

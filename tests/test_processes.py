@@ -559,7 +559,8 @@ def test_waiting(victim: subprocess.Popen[str]) -> None:
             long = asyncio.create_task(target.wait(20))
             await asyncio.sleep(0)
             assert target.send(signal.SIGTERM)
-            return too_short, await long, await target.wait(0)
+            async with asyncio.timeout(10):  # the end wakes it, not its own time
+                return too_short, await long, await target.wait(0)
 
     assert asyncio.run(wait()) == (False, True, True)
 
@@ -579,6 +580,33 @@ def test_without_pidfds_the_proof_is_asked_for_before_each_signal(
         assert answers == []
         assert asyncio.run(target.wait(20))
     until(lambda: not alive(child))
+
+
+def test_without_pidfds_a_signal_to_one_process(
+    victim: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    child = int(line(victim))
+    with Target(identity(victim.pid), lambda: True) as target:
+        assert target.send(signal.SIGTERM)
+    assert victim.wait() == -signal.SIGTERM
+    assert alive(child)
+
+
+def test_without_pidfds_waiting_sees_the_end(
+    victim: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    line(victim)
+
+    async def wait() -> bool:
+        with Target(identity(victim.pid), lambda: True) as target:
+            waiting = asyncio.create_task(target.wait(20))
+            await asyncio.sleep(0)  # it has looked once, and waits
+            assert target.send(signal.SIGTERM)
+            return await waiting
+
+    assert asyncio.run(wait())
 
 
 def test_without_pidfds_waiting_ends_in_time(

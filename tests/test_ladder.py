@@ -1,0 +1,43 @@
+"""Whom a step of the ladder reaches, and who is spared; the steps are in test_effects.py."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from conftest import alive, identity, until
+from stand_ins import running
+
+from reconciler.ladder import Ladder, end
+from reconciler.processes import Target
+
+LONG = Ladder(term_grace=20.0, kill_grace=20.0)
+LEADS = (
+    "os.setsid(); child = os.fork()\n"
+    "if child: print(os.getpid(), child, flush=True)\n"
+    "signal.pause()"
+)
+"""Leads a group in which it has a child."""
+
+
+@pytest.mark.parametrize("group", [True, False, None])
+def test_the_group_is_reached_only_if_it_is_meant(*, group: bool | None) -> None:
+    meant = {} if group is None else {"group": group}
+    with running(LEADS) as (pid, member), Target(identity(pid), lambda: True) as target:
+        assert asyncio.run(end(target, LONG, **meant)) == (True, "ended by SIGTERM")
+        if group:
+            until(lambda: not alive(member), "the member ends")
+        else:
+            assert alive(member)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_who_is_not_proven_is_spared(*, at_once: bool) -> None:
+    with running() as (pid,), Target(identity(pid), lambda: False) as target:
+        told = asyncio.run(end(target, LONG, at_once=at_once))
+        assert told == (False, "not proven any more, not signalled")
+        assert alive(pid)
+
+
+def test_the_dashboards_times() -> None:
+    assert (Ladder().term_grace, Ladder().kill_grace) == (2.0, 2.0)
