@@ -159,11 +159,13 @@ def _judge_settings(settings: Settings) -> None:
     expect(settings.sessions_dir is None or isinstance(settings.sessions_dir, Path), "no path")
     expect(settings.log_level in {"debug", "info", "warning", "error"}, "log level")
     expect(settings.log_form in {"auto", "console", "json"}, "log form")
+    policy = settings.policy or Policy()
+    expect(policy.leftovers in {"report", "stop"}, "what is done about leftovers")
     seconds = [settings.resync]
     for room, value in ((Policy, settings.policy), (Ladder, settings.ladder)):
         if value is not None:
             expect(type(value) is room, f"{value} is no {room}")
-            seconds += dataclasses.astuple(value)
+            seconds += [each for each in dataclasses.astuple(value) if not isinstance(each, str)]
     expect(all(0 < each <= 86_400 for each in seconds), f"{seconds} are out of bounds")
     if settings.write is not None:
         _judge_write(dataclasses.asdict(settings.write))
@@ -247,6 +249,7 @@ TARGETS = (
         (
             b'sessions_dir = "~/x"\nprograms = ["k"]\nresync = 5\n',
             b"[policy]\nsettle = 1.5\n[ladder]\nterm_grace = 86400\n",
+            b'[policy]\nleftovers = "stop"\n',
             b'[log]\nlevel = "debug"\nform = "json"\n[write]\nattempts = 3\n',
             b"[write]\nbackoff = [0.05, 0]\n",
             b"resync = nan\n",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from conftest import Daemon, end_all
+from conftest import PROGRAM, Daemon, end_all
 
 
 @contextlib.contextmanager
@@ -21,9 +21,9 @@ def another_folder(folder: Path, home: str = "b") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def daemon_on(folder: Path, log: Path) -> Iterator[Daemon]:
+def daemon_on(folder: Path, log: Path, program: Sequence[str] = PROGRAM) -> Iterator[Daemon]:
     """The background process on a folder, killed at the end."""
-    daemon = Daemon(folder, log)
+    daemon = Daemon(folder, log, program=program)
     try:
         yield daemon
     finally:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import conftest
 import pytest
 from chaos import Fault
 from conftest import (
@@ -262,14 +261,13 @@ cli.main()
 @pytest.mark.chaos("foreign", CHECKED)
 @pytest.mark.parametrize("kind", KEEPERS)
 def test_a_filesystem_that_other_hosts_share(
-    folder: Path, tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch, kind: str
+    folder: Path, tmp_path: Path, fault: Fault, kind: str
 ) -> None:
     """A dead pid and a refused connect are no proof there."""
     filesystem = folder_module._filesystem_of(folder.stat().st_dev)
     program = (sys.executable, "-c", NETWORKED, filesystem)
-    monkeypatch.setattr(conftest, "PROGRAM", program)
     manager = manager_of(folder, kind)
-    with innocents(1) as (innocent,), daemon_on(folder, tmp_path / "log") as daemon:
+    with innocents(1) as (innocent,), daemon_on(folder, tmp_path / "log", program) as daemon:
         for _ in fault.rounds(short=1, full=15):
             sids = {what: f"{what}-{uuid.uuid4()}" for what in ("dead", "innocent", "taken")}
             stale_pair(folder, sids["dead"])

@@ -176,7 +176,7 @@ COMMAND = (
 )
 
 
-WRITER = ("rpc_writer", "exchanges", "lanes", "link", "waiting", "messages", "deliveries")
+WRITER = ("rpc_writer", "exchanges", "lanes", "link", "waiting", "messages", "deliveries", "trust")
 
 
 def test_write_imports_the_writer_and_little_else(demo: Path) -> None:

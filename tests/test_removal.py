@@ -428,7 +428,8 @@ def test_a_dead_keepers_socket_is_removed(opened: Folder, remover: int) -> None:
 
 def test_a_living_keepers_socket_is_put_back(opened: Folder, remover: int) -> None:
     name = hidden(SOCKET, remover)
-    with listening(opened.path, name) as (pid,):
+    with listening(opened.path, SOCKET) as (pid,):
+        (opened.path / SOCKET).rename(opened.path / name)
         inode = claimed(opened.path)[name]
         assert recover(opened, name) is Fate.CHANGED
         assert claimed(opened.path) == {SOCKET: inode}
