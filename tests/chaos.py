@@ -16,7 +16,7 @@ CAMPAIGN = bool(os.environ.get("PI_RECONCILER_CAMPAIGN"))
 """Whether the full campaign runs, not the short round of each fault."""
 
 _ROW = "chaos"
-_HEADING = ("fault", "rounds", "checked", "checks", "violations", "seconds")
+_HEADING = ("fault", "rounds", "checks", "violations", "seconds", "checked")
 
 
 class Fault:

@@ -174,7 +174,7 @@ FATES: tuple[Callable[[Ours], None], ...] = (
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.chaos("foreign", CHECKED)
+@pytest.mark.chaos("keepers of other folders, namespaces, hosts", CHECKED)
 @pytest.mark.parametrize(("here", "there"), [("ours", "ours"), ("ours", "node"), ("node", "ours")])
 def test_equal_session_ids_in_two_homes(
     daemon: Daemon, tmp_path: Path, fault: Fault, here: str, there: str
@@ -223,7 +223,7 @@ def container(folder: Path, sid: str, number: int, elsewhere: Path) -> Iterator[
 @root
 @pytest.mark.root
 @pytest.mark.timeout(600)
-@pytest.mark.chaos("foreign", CHECKED)
+@pytest.mark.chaos("keepers of other folders, namespaces, hosts", CHECKED)
 def test_a_keeper_of_another_pid_namespace_in_the_same_folder(
     daemon: Daemon, manager: KeeperManager, tmp_path: Path, fault: Fault
 ) -> None:
@@ -258,7 +258,7 @@ cli.main()
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.chaos("foreign", CHECKED)
+@pytest.mark.chaos("keepers of other folders, namespaces, hosts", CHECKED)
 @pytest.mark.parametrize("kind", KEEPERS)
 def test_a_filesystem_that_other_hosts_share(
     folder: Path, tmp_path: Path, fault: Fault, kind: str
@@ -313,7 +313,7 @@ def mounted(source: Path, folder: Path) -> Iterator[None]:
 @pytest.mark.root
 @pytest.mark.skipif(shutil.which("bindfs") is None, reason="needs bindfs: make tools")
 @pytest.mark.timeout(600)
-@pytest.mark.chaos("foreign", CHECKED)
+@pytest.mark.chaos("keepers of other folders, namespaces, hosts", CHECKED)
 def test_a_keeper_of_another_host(folder: Path, tmp_path: Path, fault: Fault) -> None:
     """It lives and listens there; here its pid is nobody's, and its socket refuses."""
     manager = KeeperManager(folder)

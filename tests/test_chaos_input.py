@@ -257,7 +257,7 @@ def _has_arrived(line: bytes, record: Path) -> bool:
 
 @pytest.mark.timeout(900)
 @pytest.mark.chaos(
-    "input",
+    "hostile files, names and sockets",
     "who is named by a pid file and who lives is not harmed; foreign entries stay; broken "
     "ones go; a killed keeper is cleaned as fast as in a clean folder",
 )

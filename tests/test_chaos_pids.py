@@ -66,7 +66,7 @@ def crowd(folder: Path, rounds: int) -> Iterator[dict[str, Any]]:
 @pytest.mark.root
 @pytest.mark.timeout(1800)
 @pytest.mark.chaos(
-    "pids",
+    "pids recycled at once",
     "no innocent process or keeper that got a dead one's number is signalled; stale files go",
 )
 def test_numbers_of_the_dead_are_given_to_innocents_at_once(folder: Path, fault: Fault) -> None:

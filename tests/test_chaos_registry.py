@@ -198,7 +198,7 @@ CHECKED = "it is not known, and told once; nobody it names is harmed, and what i
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.chaos("registry", CHECKED)
+@pytest.mark.chaos("the spawn registry unusable, or lying", CHECKED)
 def test_registries_that_cannot_be_used_and_such_that_lie(
     world: World, daemon: Daemon, fault: Fault
 ) -> None:
@@ -214,7 +214,7 @@ def test_registries_that_cannot_be_used_and_such_that_lie(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.chaos("registry", CHECKED)
+@pytest.mark.chaos("the spawn registry unusable, or lying", CHECKED)
 def test_a_registry_that_is_replaced_while_it_is_read(
     world: World, daemon: Daemon, fault: Fault
 ) -> None:
@@ -241,7 +241,7 @@ def test_a_registry_that_is_replaced_while_it_is_read(
     fault.holds("session.failed" not in daemon.log.read_text(), "no look has failed")
 
 
-@pytest.mark.chaos("registry", CHECKED)
+@pytest.mark.chaos("the spawn registry unusable, or lying", CHECKED)
 def test_who_may_be_the_agent_of_a_dead_session_is_left_alone(
     world: World, daemon: Daemon, fault: Fault
 ) -> None:
@@ -258,7 +258,7 @@ def test_who_may_be_the_agent_of_a_dead_session_is_left_alone(
 @root
 @pytest.mark.root
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
-@pytest.mark.chaos("registry", CHECKED)
+@pytest.mark.chaos("the spawn registry unusable, or lying", CHECKED)
 def test_a_registry_that_must_not_be_read(world: World, fault: Fault) -> None:
     """Root reads everything, but for one that gave that right away."""
     fault.count(1)

@@ -114,7 +114,7 @@ def onlooker(folder: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.chaos("rivals", CHECKED)
+@pytest.mark.chaos("two reconcilers, commands, the dashboard", CHECKED)
 def test_one_is_killed_and_the_next_starts_at_the_same_instant(
     daemon: Daemon, manager: KeeperManager, tmp_path: Path, fault: Fault
 ) -> None:
@@ -162,7 +162,7 @@ def _holds(heir: subprocess.Popen[str], opened: Folder, fault: Fault) -> bool:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.chaos("rivals", CHECKED)
+@pytest.mark.chaos("two reconcilers, commands, the dashboard", CHECKED)
 def test_commands_beside_the_daemon(
     daemon: Daemon, manager: KeeperManager, tmp_path: Path, fault: Fault
 ) -> None:
@@ -251,7 +251,7 @@ FATES: tuple[Callable[[KeeperManager, str, int, int], None], ...] = (
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.chaos("rivals", CHECKED)
+@pytest.mark.chaos("two reconcilers, commands, the dashboard", CHECKED)
 def test_the_dashboards_discovery_beside_the_daemon(
     discovery: Discovery,
     daemon: Daemon,

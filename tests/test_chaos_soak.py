@@ -342,7 +342,7 @@ async def _soak(world: World, meter: Meter, daemon: Daemon, managers: list[Keepe
 
 @pytest.mark.timeout(SECONDS + 300)
 @pytest.mark.chaos(
-    "soak",
+    "random work, kills and stops for long",
     "the living live, keep their files and get each line once; the ended are gone; innocents "
     "get no signal; the daemon does not grow",
 )
