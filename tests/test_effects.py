@@ -373,6 +373,7 @@ def test_a_keeper_that_can_end_its_agent_itself_is_left_to_it(
     opened: Folder, probe: Probe, effects: Effects
 ) -> None:
     with keeper_without_agent(opened.path, SID, code=CHILDREN) as (pid, agent, listener, winner):
+        until(lambda: all(SYSTEM.arguments(p) == ("sleep", "600") for p in (agent, listener)))
         rival = Keeper(KeeperState.PROVEN, identity(winner))
         seen = replace(
             probe.look(SID, scanned=(pid,)), listener=identity(listener), rivals=(rival,)
