@@ -39,9 +39,10 @@ class Fault:
             self._rounds += 1
             yield number
 
-    def count(self, rounds: int) -> None:
-        """Count rounds that were not taken from `rounds`."""
+    def count(self, rounds: int, checks: int = 0) -> None:
+        """Count rounds that were not taken from `rounds`, and checks that did not need `holds`."""
         self._rounds += rounds
+        self._checks += checks
 
     def holds(self, condition: object, what: str) -> None:
         """Check one thing. What does not hold is noted, and the round goes on."""

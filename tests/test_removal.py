@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from chaos import CAMPAIGN, Fault
 from conftest import alive, bare_socket, dead_pid, stale_pair, until
 from stand_ins import agent_of, ending, kill, listening, running, spawn
 
@@ -34,7 +35,6 @@ SOCKET, PID_FILE, AGENT_FILE, LOG = (
 )
 ROLES = (Role.SOCKET, Role.AGENT_PID_FILE, Role.PID_FILE)
 REPO = Path(__file__).parent.parent
-CAMPAIGN = "PI_RECONCILER_CAMPAIGN" in os.environ
 Entries = tuple[tuple[Role, FileId], ...]
 
 
@@ -724,22 +724,30 @@ def in_memory() -> Iterator[Folder]:
     shutil.rmtree(path)
 
 
-@pytest.mark.campaign
+RACE = pytest.mark.chaos(
+    "a keeper born while its forerunner's files go", "it listens and keeps its files, each round"
+)
+
+
+@RACE
 @pytest.mark.timeout(900)
 def test_a_keeper_of_another_make_comes_while_its_forerunners_files_go(
-    in_memory: Folder,
+    in_memory: Folder, fault: Fault
 ) -> None:
     rounds = 200_000 if CAMPAIGN else 5000
     met = race(in_memory, rounds, seed=1)
+    fault.count(rounds, checks=4 * rounds)
     assert sum(met.values()) == rounds
     assert met[Fate.REMOVED], "the keeper always came first: this was no race"
     assert met[Fate.CHANGED], "the keeper always came last: this was no race"
 
 
-@pytest.mark.campaign
+@RACE
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("log", ["kept", "deleted"])
-def test_a_keeper_of_ours_comes_while_its_forerunners_files_go(opened: Folder, log: str) -> None:
+def test_a_keeper_of_ours_comes_while_its_forerunners_files_go(
+    opened: Folder, fault: Fault, log: str
+) -> None:
     """Without its log there is no lock to meet at, and it must go well all the same."""
     rounds = 3000 if CAMPAIGN else 50
     dice = random.Random(log)
@@ -766,6 +774,7 @@ def test_a_keeper_of_ours_comes_while_its_forerunners_files_go(opened: Folder, l
             assert not any(map(is_taken, opened.names())), number
             keeper.send_signal(signal.SIGTERM if number == rounds - 1 else signal.SIGKILL)
             keeper.wait()
+    fault.count(rounds, checks=3 * rounds)
     assert claimed(opened.path) == {}
 
 
