@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -119,9 +120,11 @@ def test_file_times(fault: Fault, folder: Path, tmp_path: Path) -> None:
                     for keeper in those.keepers:
                         os.utime(claims_of(folder, keeper.sid)[which], (time, time))
                     left = f"round{number}-{which}-{at}"
+                    daemon.process.send_signal(signal.SIGSTOP)  # it is as fast as we are
                     stale_pairs(folder, [left])
                     for path in claims_of(folder, left):
                         os.utime(path, (time, time))
+                    daemon.process.send_signal(signal.SIGCONT)
                     until(gone(folder, [left]), "what is dead is cleaned")
                 those.unharmed(fault)
             daemon.crash_and_restart()
