@@ -154,3 +154,20 @@ def test_the_two_commands_are_there() -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"run", "test"} <= set(targets)
     assert {line.split()[1] for line in blocks("sh")[0].splitlines() if line} == {"run", "test"}
+
+
+@pytest.mark.parametrize(("page", "at_least"), [("security.md", 40), ("reliability.md", 30)])
+def test_every_test_that_a_page_names_is_there(page: str, at_least: int) -> None:
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", (ROOT / "docs" / page).read_text())
+    missing = [
+        f"{module}.py::{test}"
+        for module, test in named
+        if not re.search(rf"^(async )?def {test}\(", text_of(module), re.MULTILINE)
+    ]
+    assert missing == []
+    assert len(named) > at_least
+
+
+def text_of(module: str) -> str:
+    path = ROOT / "tests" / f"{module}.py"
+    return path.read_text() if path.exists() else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -181,22 +180,6 @@ def test_a_hard_link_to_a_file_of_somebody_else_costs_no_more_than_the_link(fold
 
 
 # The page.
-
-
-def test_every_test_that_the_page_names_exists() -> None:
-    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", PAGE)
-    missing = [
-        f"{module}.py::{test}"
-        for module, test in named
-        if not re.search(rf"^(async )?def {test}\(", text_of(module), re.MULTILINE)
-    ]
-    assert missing == []
-    assert len(named) > 40
-
-
-def text_of(module: str) -> str:
-    path = ROOT / "tests" / f"{module}.py"
-    return path.read_text() if path.exists() else ""
 
 
 HEADS = ("| They ", "| It tries ", "| It is ", "| It says ", "| ---")
