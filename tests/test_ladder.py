@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
-from conftest import alive, identity, until
+from conftest import alive, identity
 from stand_ins import running
 
 from reconciler.ladder import Ladder, end
@@ -13,11 +14,19 @@ from reconciler.processes import Target
 
 LONG = Ladder(term_grace=20.0, kill_grace=20.0)
 LEADS = (
-    "os.setsid(); child = os.fork()\n"
+    "os.setsid(); signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); child = os.fork()\n"
+    "if child: signal.pthread_sigmask(signal.SIG_SETMASK, [])\n"
     "if child: print(os.getpid(), child, flush=True)\n"
     "signal.pause()"
 )
-"""Leads a group in which it has a child."""
+"""Leads a group in which it has a child, at which SIGTERM stays to be seen."""
+
+
+def pending(pid: int) -> set[signal.Signals]:
+    """The signals that have reached a process and wait there."""
+    with open(f"/proc/{pid}/status", encoding="utf-8") as file:
+        (mask,) = (int(line.split()[1], 16) for line in file if line.startswith("ShdPnd:"))
+    return {number for number in signal.Signals if mask >> (number - 1) & 1}
 
 
 @pytest.mark.parametrize("group", [True, False, None])
@@ -25,10 +34,7 @@ def test_the_group_is_reached_only_if_it_is_meant(*, group: bool | None) -> None
     meant = {} if group is None else {"group": group}
     with running(LEADS) as (pid, member), Target(identity(pid), lambda: True) as target:
         assert asyncio.run(end(target, LONG, **meant)) == (True, "ended by SIGTERM")
-        if group:
-            until(lambda: not alive(member), "the member ends")
-        else:
-            assert alive(member)
+        assert pending(member) == ({signal.SIGTERM} if group else set())
 
 
 @pytest.mark.parametrize("at_once", [True, False])
