@@ -11,7 +11,7 @@ JOBS ?= 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test lint format types campaign chaos tools bench fuzz agent clean
+.PHONY: help run test lint format types campaign chaos tools bench fuzz mutants agent clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -56,6 +56,9 @@ bench: $(VENV)/.run ## Measure, against peers in the same run (ARGS=--quick for 
 fuzz: $(VENV)/.fuzz ## Fuzz what reads outside bytes (ARGS="wire --runs 1000000" for one of them)
 	$(BIN)/python -m fuzzing $(ARGS)
 
+mutants: $(VENV)/.mutants ## Do the tests notice changed code? (ARGS="state removal" for some rooms)
+	$(BIN)/python tests/mutants.py $(ARGS)
+
 agent: $(AGENT) ## The real pi agent, for the end-to-end tests
 
 # Without npm its tests are skipped, and say so; where CI is set they fail.
@@ -82,6 +85,10 @@ $(VENV)/.test: $(VENV)/.run pyproject.toml
 $(VENV)/.fuzz: $(VENV)/.run pyproject.toml
 	$(BIN)/pip install --quiet --only-binary :all: --group fuzz || \
 	  { echo "atheris cannot be had here: it has wheels for CPython on Linux alone" >&2; exit 1; }
+	touch $@
+
+$(VENV)/.mutants: $(VENV)/.test pyproject.toml
+	$(BIN)/pip install --quiet --group mutants
 	touch $@
 
 clean: ## Remove all that was set up
