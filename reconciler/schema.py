@@ -21,15 +21,15 @@ from reconciler.logs import Form, Level
 from reconciler.rpc_writer import WritePolicy
 from reconciler.state import AboutLeftovers, Policy
 
-Text = str
-Texts = tuple[str, ...]
+Text = Annotated[str, msgspec.Meta(pattern="^[^\0]*$")]
+Texts = tuple[Text, ...]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Pauses = tuple[Annotated[float, msgspec.Meta(ge=0, le=86_400)], ...]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000)]
 
 _ALLOWED: Mapping[Any, str] = {
-    Text: "a text",
-    Texts: "a list of texts",
+    Text: "a text without NUL",
+    Texts: "a list of texts without NUL",
     Seconds: "seconds above 0, 86400 at most",
     Pauses: "a list of seconds from 0 to 86400",
     Count: "a whole number from 1 to 1000",
@@ -78,6 +78,8 @@ def read(text: bytes) -> dict[str, Any]:
         raw = tomllib.loads(text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"this is not TOML: {error}") from error
+    except RecursionError:
+        raise ValueError("its lists or tables are nested too deep") from None
     problems: list[str] = []
     said = _table(raw, KEYS, "", problems)
     if problems:

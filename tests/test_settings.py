@@ -111,6 +111,16 @@ SECONDS = "seconds above 0, 86400 at most"
             "agent_command = [1]",
             "agent_command is something else (not repeated here), allowed: a list of texts",
         ),
+        ('sessions_dir = "a\\u0000b"', r"sessions_dir is 'a\x00b', allowed: a text without NUL"),
+        (
+            'keeper_command = ["a\\u0000"]',
+            r"keeper_command is ['a\x00'], allowed: a list of texts without",
+        ),
+        ("programs = " + "[" * 600, "its lists or tables are nested too deep"),
+        (
+            "[policy]\nleftovers = 'keep'",
+            "policy.leftovers is 'keep', allowed: one of report, stop",
+        ),
         ("policy = 3", "policy is 3, allowed: a table [policy]"),
         ("resink = 1", "resink is no setting, allowed: sessions_dir, programs, keeper_command,"),
         ("[log]\nlvl = 'info'", "log.lvl is no setting, allowed: level, form"),
