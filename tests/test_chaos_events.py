@@ -28,7 +28,7 @@ from conftest import (
     program_environment,
     until,
 )
-from stand_ins import recorder
+from stand_ins import agent_of, recorder
 from watchdog.events import (
     DirCreatedEvent,
     FileClosedEvent,
@@ -182,7 +182,7 @@ def check_alive(world: World, fault: Fault, what: str) -> None:
         said = (world.folder / f"{sid}.rpc.sock.pid").read_text()
         fault.holds(said == str(spawned.keeper_pid), f"{what}: the pid file of {sid} says {said}")
         fault.holds(alive(spawned.keeper_pid), f"{what}: the keeper of {sid} lives")
-        agent = int((world.folder / f"{sid}.rpc.sock.pi-pid").read_text())
+        agent = agent_of(KeeperManager(world.folder), sid)
         fault.holds(alive(agent), f"{what}: the agent of {sid} lives")
 
 
