@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 AGENT_VERSION := 0.74.2
 AGENT := .tools/agent/node_modules/.bin/pi
-FAULT_TOOLS := bindfs faketime
+FAULT_TOOLS := bindfs faketime tmux
 ARGS ?=
 JOBS ?= 4
 

@@ -69,7 +69,8 @@ has ended by then, and one scan does for many that end together."""
 LOOK_FOR_LEFTOVERS = "+"
 """The hint to scan for leftovers; no session id can be this."""
 
-_OVER = frozenset({Verdict.ABSENT, Verdict.MISSING})
+_ENOUGH_SCANS = 3
+_OVER = frozenset({Verdict.ABSENT, Verdict.MISSING, Verdict.LEFTOVERS})
 
 
 class Reconciler:
@@ -114,6 +115,7 @@ class Reconciler:
         self._folder: _Served | None = None
         self._complaint = ""
         self._suspects: dict[str, Suspects] = {}
+        self._unneeded: dict[str, int] = {}
         self._retries = Retries()
         self._failures = Retries()
         self._exited_at: dict[str, float] = {}
@@ -210,40 +212,23 @@ class Reconciler:
             before = Desired.AS_FOUND
         await self._end(sid, before)
         await self.manager.outlast(processes_of(seen))
-        if leave:
-            self._hint(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
-        ended = set() if leave else await self._end_leftovers(seen)
-        await self.manager.outlast(ended)
+        self._hint(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
+        left = 0
+        if not leave and self._folder is not None:
+            left = await self.manager.end_leftovers(self._folder.probe, sid, self._tell_done)
         elapsed = time.monotonic() - begun
-        return StoppedSession(sid, keeper.pid if keeper else None, elapsed, len(ended))
+        return StoppedSession(sid, keeper.pid if keeper else None, elapsed, left)
 
     async def _end(self, sid: str, before: Desired) -> None:
         """Want a session to be absent, and wait until that is so, or cannot be."""
+        if self.sessions.row(sid).phase is Verdict.LEFTOVERS:
+            self.sessions.reset(sid)  # by what is known; one may have come since
         self.sessions.want(sid, Desired.ABSENT)
         self._hint(sid, AT_ONCE)
         session = await self.wait_for(sid, _is_over)
         if session.phase in {Verdict.REFUSED, Verdict.UNVERIFIABLE}:
             self.sessions.want(sid, before)
             raise UnverifiableError(f"session {sid} was left alone: {session.reason}")
-
-    async def _end_leftovers(self, seen: Observation) -> set[ProcessId]:
-        """End what a session has left behind, until no more of it comes.
-
-        Returns:
-            What it had started, and has ended with it.
-        """
-        sid = seen.sid
-        ended = {leftover.process for leftover in seen.leftovers}
-        while self._folder is not None:
-            probe = self._folder.probe
-            suspects = await asyncio.to_thread(probe.scan_all)
-            seen = suspects.look(probe, sid)
-            if not (seen.over and seen.leftovers):
-                break
-            ended |= {leftover.process for leftover in seen.leftovers}
-            self._suspects[sid] = suspects
-            await self._end(sid, Desired.AS_FOUND)
-        return ended
 
     async def wait_for(self, sid: str, condition: Callable[[Session], bool]) -> Session:
         """Wait until a session is as described; put `asyncio.timeout` around it for a bound.
@@ -452,6 +437,8 @@ class Reconciler:
             for action in actions:
                 self._tell_done(seen, plan, await served.effects.stop(seen, action))
             self._hints.add(seen.sid, AT_ONCE)
+            if plan.verdict is Verdict.LEFTOVERS:  # more may have come while they were ended
+                self._hints.add(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
         except Exception as error:  # noqa: BLE001 - one session's trouble is not the others'
             self._failed(seen.sid, error)
         finally:
@@ -497,10 +484,20 @@ class Reconciler:
             wishes = await self._list(served)
             suspects = await self._scan(served)
             if not self._may_not_act():
-                for sid in wishes - suspects.marked.keys() - self.sessions.keys():
-                    forget_wish(served.folder, sid)
+                self._forget_wishes(served.folder, wishes - suspects.marked.keys())
         except OSError as error:
             self._tell_half_read(served, error)
+
+    def _forget_wishes(self, folder: Folder, unneeded: set[str]) -> None:
+        """Drop notes about leftovers once several scans in a row have found none.
+
+        One scan can miss a process that is between a fork and an exec.
+        """
+        sids = unneeded - self.sessions.keys()
+        self._unneeded = {sid: self._unneeded.get(sid, 0) + 1 for sid in sids}
+        for sid, scans in self._unneeded.items():
+            if scans >= _ENOUGH_SCANS:
+                forget_wish(folder, sid)
 
     async def _list(self, served: _Served) -> set[str]:
         """Ask for a look at every session that a name stands for, in slices of time.
@@ -615,10 +612,9 @@ class Reconciler:
 
 
 def _is_over(row: Session) -> bool:
-    """Nothing is left of a session that is not wanted, or it cannot be ended."""
-    over = {Verdict.ABSENT, Verdict.REFUSED, Verdict.UNVERIFIABLE}
-    left = row.phase is Verdict.LEFTOVERS and row.seen is not None and row.seen.leave
-    return row.plan is not None and (row.phase in over or left)
+    """Nothing is left of a session but what it has started, or it cannot be ended."""
+    ends = {Verdict.ABSENT, Verdict.LEFTOVERS, Verdict.REFUSED, Verdict.UNVERIFIABLE}
+    return row.plan is not None and row.phase in ends
 
 
 def _was_alive(row: Session) -> bool:

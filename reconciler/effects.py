@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from reconciler.ladder import Ladder, end
@@ -97,23 +97,34 @@ class Effects:
             success, detail = await self._stop_one(seen, action)
         return Done(action, success, detail, time.monotonic() - start)
 
-    async def _stop_leftovers(self, sid: str, processes: Iterable[ProcessId]) -> tuple[bool, str]:
+    async def _stop_leftovers(self, sid: str, processes: Sequence[ProcessId]) -> tuple[bool, str]:
         """All at the same time, each by itself: one is no proof of another in its group."""
         with contextlib.ExitStack() as held:
-            targets = [
-                held.enter_context(
-                    Target(
-                        process,
-                        functools.partial(self._probe.leftovers.proves, sid, process),
-                        self._processes,
-                    )
-                )
-                for process in processes
-            ]
-            ends = await asyncio.gather(*(end(target, self._ladder) for target in targets))
+            targets = self._hold_leftovers(sid, processes, held)
+            ends = await asyncio.gather(
+                *(end(target, self._ladder, still=still) for target, still in targets)
+            )
         details = Tally(detail for _, detail in ends)
+        if unheld := len(processes) - len(targets):
+            details["not held yet, too many at once"] = unheld
         told = ", ".join(f"{count} {detail}" for detail, count in details.items())
-        return all(success for success, _ in ends), told
+        return not unheld and all(success for success, _ in ends), told
+
+    def _hold_leftovers(
+        self, sid: str, processes: Iterable[ProcessId], held: contextlib.ExitStack
+    ) -> list[tuple[Target, Callable[[], bool]]]:
+        """As many as there are descriptors for; the next look brings the rest."""
+        targets: list[tuple[Target, Callable[[], bool]]] = []
+        for process in processes:
+            prove = functools.partial(self._probe.leftovers.proves, sid, process)
+            try:
+                target = held.enter_context(Target(process, prove, self._processes))
+            except OSError:
+                if not targets:
+                    raise
+                break
+            targets.append((target, prove))
+        return targets
 
     async def _stop_one(
         self, seen: Observation, action: StopKeeper | StopAgent

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reconciler.agents import AgentProbe
-from reconciler.effects import Effects
+from reconciler.effects import Done, Effects
 from reconciler.errors import (
     AlreadyRunningError,
     FolderError,
@@ -31,7 +31,7 @@ from reconciler.ladder import Ladder
 from reconciler.layout import check_sid, claims, registry_file, sessions_dir, socket_address
 from reconciler.leftovers import forget_wish, wish_to_leave
 from reconciler.probe import Probe
-from reconciler.processes import Target
+from reconciler.processes import Target, is_over
 from reconciler.registry import Registry
 from reconciler.spawning import OUR_KEEPER, KeeperRequest, check, default_environment, start
 from reconciler.state import (
@@ -44,6 +44,7 @@ from reconciler.state import (
     ProcessId,
     Stop,
     StopAgent,
+    StopLeftovers,
     Verdict,
     decide,
 )
@@ -179,8 +180,8 @@ class KeeperManager:
         with self._made_folder() as folder:
             probe = self.probe(folder)
             await self._make_free(request.sid, probe)
-            forget_wish(folder, request.sid)
             started = await start(request, probe)
+            forget_wish(folder, request.sid)  # it was about the session before
         socket = socket_address(self.sessions_dir, request.sid)
         return SpawnedKeeper(request.sid, started.pid, started.agent_pid, socket)
 
@@ -329,17 +330,14 @@ class KeeperManager:
                 raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
             self._refuse_untrusted(folder)
             probe = self.probe(folder)
-            suspects = probe.scan_all()
-            seen = suspects.look(probe, sid)
+            seen = probe.scan_all().look(probe, sid)
             if seen.empty:
                 raise NoSuchSessionError(f"no session {sid} in {self.sessions_dir}")
             self.wish(folder, sid, leave=leave)
-            seen = suspects.look(probe, sid, seen)  # an earlier wish may have ended
             keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
-            left = await self._stop(seen, probe, leave=leave)
-            await self.outlast(left)
-        elapsed = time.monotonic() - begun
-        return StoppedSession(sid, keeper.pid if keeper else None, elapsed, len(left))
+            await self._stop(seen, probe)
+            left = 0 if leave else await self.end_leftovers(probe, sid)
+        return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun, left)
 
     def wish(self, folder: Folder, sid: str, *, leave: bool) -> None:
         """Note down, for whoever works on the folder, what is to become of leftovers.
@@ -358,31 +356,56 @@ class KeeperManager:
                 f"what is to be left alone: {error.strerror}"
             ) from error
 
-    async def _stop(self, seen: Observation, probe: Probe, *, leave: bool) -> set[ProcessId]:
-        """End the session, then what it has left, until no more of it comes.
+    async def end_leftovers(
+        self,
+        probe: Probe,
+        sid: str,
+        tell: Callable[[Observation, Plan, Done], None] = lambda *_: None,
+    ) -> int:
+        """End what a session that is over has left, until no more of it comes.
+
+        A session of this name that has come since is another one: then no more is done, nor if
+        somebody wishes meanwhile that they be left alone.
+
+        Args:
+            probe: looks at the folder.
+            sid: the session's id.
+            tell: called with what was done.
 
         Returns:
-            What it had started, and has ended with it.
-        """
-        ended = set() if leave else {leftover.process for leftover in seen.leftovers}
-        for _ in range(_STOP_TRIES):
-            if leave:
-                seen = replace(seen, leftovers=())
-            seen = await self._stop_seen(seen, probe)
-            if leave:
-                return ended
-            seen = probe.scan_all().look(probe, seen.sid, seen)
-            if seen.empty:
-                return ended
-            ended |= {leftover.process for leftover in seen.leftovers}
-        raise StillAliveError(f"session {seen.sid} is started again and again, or starts others")
+            How many were ended.
 
-    async def _stop_seen(self, seen: Observation, probe: Probe) -> Observation:
-        """Look, decide, act, and look again until nothing is left of what is seen."""
+        Raises:
+            StillAliveError: more come as they are ended, or they outlive SIGKILL.
+        """
+        effects = Effects(probe, self.ladder)
+        ended: set[ProcessId] = set()
+        detail = ""
+        for _ in range(_STOP_TRIES):
+            suspects = await asyncio.to_thread(probe.scan_all)
+            seen = suspects.look(probe, sid)
+            if seen.leave or not (seen.over and seen.leftovers):
+                await self.outlast(ended)
+                return len(ended)
+            left = [leftover.process for leftover in seen.leftovers]
+            action = StopLeftovers(tuple(left))
+            try:
+                done = await effects.stop(seen, action)
+            except OSError as error:
+                raise ReconcilerError(f"session {sid}: {error}") from error
+            detail = done.detail
+            tell(seen, Plan(Verdict.LEFTOVERS, "not wanted any more", (action,)), done)
+            ended.update(process for process in left if is_over(process))
+            if not done.success:
+                await asyncio.sleep(_STOP_PAUSE)
+        raise StillAliveError(f"what session {sid} has started cannot be ended: {detail}")
+
+    async def _stop(self, seen: Observation, probe: Probe) -> None:
+        """Look, decide, act, and look again until the session is over."""
         effects = Effects(probe, self.ladder)
         failures = 0
         processes = set(processes_of(seen))
-        while (plan := decide(seen, Desired.ABSENT, self.policy)).verdict is not Verdict.ABSENT:
+        while (plan := decide(seen, Desired.ABSENT, self.policy)).verdict not in _OVER:
             if not plan.actions and plan.again_after is None:
                 raise UnverifiableError(f"session {seen.sid} was left alone: {plan.reason}")
             for action in plan.actions:
@@ -403,7 +426,6 @@ class KeeperManager:
             seen = probe.look(seen.sid, seen)
             processes |= processes_of(seen)
         await self.outlast(processes)
-        return seen
 
     async def outlast(self, processes: Iterable[ProcessId]) -> None:
         """Wait for those that have been killed and are not yet through with dying."""
@@ -413,6 +435,7 @@ class KeeperManager:
                     raise StillAliveError(f"process {process.pid} is alive after SIGKILL")
 
 
+_OVER = frozenset({Verdict.ABSENT, Verdict.LEFTOVERS})
 _STOP_TRIES = 20
 _STOP_PAUSE = 0.05
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from reconciler.processes import Target
@@ -21,7 +22,12 @@ class Ladder:
 
 
 async def end(
-    target: Target, ladder: Ladder, *, group: bool = False, at_once: bool = False
+    target: Target,
+    ladder: Ladder,
+    *,
+    group: bool = False,
+    at_once: bool = False,
+    still: Callable[[], bool] = lambda: True,
 ) -> tuple[bool, str]:
     """End a process and wait until it is dead.
 
@@ -30,6 +36,8 @@ async def end(
         ladder: how long to wait after each signal.
         group: signal the process group that it leads, if it leads one.
         at_once: SIGKILL alone.
+        still: asked before each signal: whether it is still to be ended. A keeper closes its
+            proof while it ends; a leftover may have become something else.
 
     Returns:
         Whether it is dead, and how that came in words for a log.
@@ -40,7 +48,7 @@ async def end(
         return False, "not proven any more, not signalled"
     steps = ((signal.SIGTERM, ladder.term_grace), (signal.SIGKILL, ladder.kill_grace))
     for number, grace in steps[at_once:]:
-        if not target.send(number, group=group) and not target.exited:
+        if not (still() and target.send(number, group=group)) and not target.exited:
             return False, "not proven any more, not signalled"
         if await target.wait(grace):
             return True, f"ended by {number.name}"

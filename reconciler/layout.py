@@ -211,3 +211,11 @@ def keeper_arguments(
             direct = all(option.startswith("-") for option in arguments[1:position])
             return KeeperArguments(name, following) if direct else None
     return None
+
+
+def mentions_keeper(arguments: Sequence[str], programs: frozenset[str]) -> bool:
+    """Whether a process may run a keeper, in whatever way: to spare it needs no proof."""
+    return any(
+        posixpath.basename(argument) in programs and _SID.fullmatch(following)
+        for argument, following in itertools.pairwise(arguments)
+    )

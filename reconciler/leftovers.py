@@ -7,9 +7,13 @@ outlive it; once no keeper of the session lives, they are left over.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from reconciler.folder import Folder
 from reconciler.identity import KNOWN_PROGRAMS
@@ -21,14 +25,33 @@ from reconciler.layout import (
     check_sid,
     file_name,
     folder_mark,
-    keeper_arguments,
+    mentions_keeper,
+    parse_name,
 )
 from reconciler.processes import SYSTEM, Facts, Processes
 from reconciler.state import Keeper, KeeperState, Leftover, ProcessId
 
 _MARKERS = (SESSION_MARKER, FOLDER_MARKER)
+SHARED_SERVERS = frozenset(
+    {"tmux", "screen", "zellij", "dbus-daemon", "dbus-broker", "gpg-agent", "ssh-agent", "ssh"}
+)
+"""Programs of which one serves all sessions of a user, whoever has started it first: by the
+base name of what they run. They are no session's leftovers, nor is what stands below them."""
+
 _DEEPEST = 64
 """Levels of parents that are walked up; a deeper tree proves nothing, and is left alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Spared:
+    """Whom nobody may take for a leftover, by pid."""
+
+    named: frozenset[int]
+    """Nor what stands below these."""
+    ours: frozenset[int]
+    """Those who look, and those above them: a session may be stopped from inside of it."""
+    but_for: int
+    """The session's own living keeper: what stands below it is the session's."""
 
 
 class Leftovers:
@@ -71,8 +94,9 @@ class Leftovers:
             keeper: its keeper; what stands under a living one is that session's own.
             pids: what a scan has found, or the look before.
         """
-        own = keeper.process if keeper.state is KeeperState.PROVEN else None
-        found = (self._identify(sid, pid, own.pid if own else 0) for pid in sorted(set(pids)))
+        own = keeper.process.pid if keeper.process and keeper.state is KeeperState.PROVEN else 0
+        spared = self._spared(but_for=own)
+        found = (self._identify(sid, pid, spared) for pid in sorted(set(pids)))
         return tuple(leftover for leftover in found if leftover is not None)
 
     def proves(self, sid: str, process: ProcessId) -> bool:
@@ -80,38 +104,63 @@ class Leftovers:
 
         To be asked after a pidfd of the process is open: then a signal can go out.
         """
-        found = self._identify(sid, process.pid, 0)
+        found = self._identify(sid, process.pid, self._spared())
         return found is not None and found.process == process
 
-    def _identify(self, sid: str, pid: int, keeper_pid: int) -> Leftover | None:
+    def _identify(self, sid: str, pid: int, spared: _Spared) -> Leftover | None:
         facts = self._processes.facts(pid)
         if facts.process is None or facts.dying or facts.uid != os.geteuid():
             return None
         markers = self._processes.variables(pid, _MARKERS)
+        if markers != (sid, self._mark) or self._processes.foreign(pid):
+            return None
+        if pid in spared.ours or pid == spared.but_for or self._is_spared(pid, spared):
+            return None
+        if self._is_below(facts, spared):
+            return None
+        name = self._processes.program(pid)
+        if self._processes.facts(pid).process != facts.process:
+            return None
+        return Leftover(facts.process, name)
+
+    def _spared(self, but_for: int = 0) -> _Spared:
+        """Whom nobody may take for a leftover.
+
+        Whoever a pid file of the folder names counts, proven or not: to spare needs no proof.
+        So does the reconciler that works on the folder.
+        """
+        named = (
+            self._folder.pid_entry(name, 0.0).pid
+            for name in self._folder.names()
+            if (parsed := parse_name(name)) is not None and parsed.role is Role.PID_FILE
+        )
+        own = os.getpid()
+        return _Spared(
+            named=frozenset({*named, self._folder.lock_holder() or own}) - {but_for},
+            ours=frozenset({own, *self._line(self._processes.facts(own))}),
+            but_for=but_for,
+        )
+
+    def _is_spared(self, pid: int, spared: _Spared) -> bool:
         arguments = self._processes.arguments(pid)
-        if markers != (sid, self._mark) or arguments is None or self._processes.foreign(pid):
-            return None
-        if self._runs_keeper(arguments) or self._under_keeper(facts, keeper_pid):
-            return None
-        if pid in self._own_line() or self._processes.facts(pid).process != facts.process:
-            return None
-        return Leftover(facts.process, os.path.basename(arguments[0])[:64])
+        return pid != spared.but_for and (
+            pid in spared.named
+            or arguments is None
+            or mentions_keeper(arguments, self._programs)
+            or self._processes.program(pid) in SHARED_SERVERS
+        )
 
-    def _runs_keeper(self, arguments: tuple[str, ...]) -> bool:
-        return keeper_arguments(arguments, self._programs) is not None
-
-    def _under_keeper(self, facts: Facts, but_for: int) -> bool:
-        """Whether a keeper stands above it: then it is the affair of a session that lives.
+    def _is_below(self, facts: Facts, spared: _Spared) -> bool:
+        """Whether a keeper or a shared server stands above it: then it is their affair.
 
         The agent of one session can start another one, whose keeper may be of a make that
-        passes the first one's marker on.
+        passes the first one's marker on; and what others have put into a server is theirs.
         """
         for depth, parent in enumerate(self._line(facts)):
-            arguments = self._processes.arguments(parent)
-            if depth >= _DEEPEST:
+            if parent == spared.but_for:
+                return False
+            if depth >= _DEEPEST or (parent not in spared.ours and self._is_spared(parent, spared)):
                 return True
-            if arguments and self._runs_keeper(arguments):
-                return parent != but_for
         return False
 
     def _line(self, facts: Facts) -> Iterator[int]:
@@ -119,11 +168,6 @@ class Leftovers:
         while facts.parent > 1:
             yield facts.parent
             facts = self._processes.facts(facts.parent)
-
-    def _own_line(self) -> set[int]:
-        """We ourselves and those above us: a session may be stopped from inside of it."""
-        own = os.getpid()
-        return {own, *self._line(self._processes.facts(own))}
 
 
 def _is_sid(text: str) -> bool:
@@ -136,22 +180,32 @@ def _is_sid(text: str) -> bool:
 
 def leaves(folder: Folder, sid: str) -> bool:
     """Whether the user wishes that what the session has started is left alone."""
-    return folder.status(file_name(Role.LEAVE, sid)) is not None
+    status = folder.status(file_name(Role.LEAVE, sid))
+    return status is not None and _is_ours(status)
 
 
 def wish_to_leave(folder: Folder, sid: str) -> None:
     """Note that wish down, so that whoever works on the folder knows it.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder cannot be written to, or something else stands under the name.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    os.close(os.open(file_name(Role.LEAVE, sid), flags, 0o600, dir_fd=folder.fd))
+    name = file_name(Role.LEAVE, sid)
+    descriptor = os.open(name, flags, 0o600, dir_fd=folder.fd)
+    try:
+        if not _is_ours(os.fstat(descriptor)):
+            raise OSError(errno.EPERM, "what stands there is no file of ours", name)
+    finally:
+        os.close(descriptor)
 
 
 def forget_wish(folder: Folder, sid: str) -> None:
     """The wish has had its time."""
-    try:
-        os.unlink(file_name(Role.LEAVE, sid), dir_fd=folder.fd)
-    except OSError:
-        return
+    if leaves(folder, sid):
+        with contextlib.suppress(OSError):
+            os.unlink(file_name(Role.LEAVE, sid), dir_fd=folder.fd)
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()

@@ -88,6 +88,12 @@ class Processes(Protocol):
     def arguments(self, pid: int) -> tuple[str, ...] | None:
         """The arguments, the program first; None when they cannot be read or are gone."""
 
+    def program(self, pid: int) -> str:
+        """The base name of the file that it runs, printable; empty when it cannot be read.
+
+        Not its arguments: a program may write anything there, secrets among it.
+        """
+
     def variable(self, pid: int, name: str) -> str | None:
         """A variable of the environment that the process started with.
 
@@ -184,6 +190,13 @@ class _Linux:
             return None
         return tuple(os.fsdecode(part) for part in text.removesuffix(b"\0").split(b"\0"))
 
+    def program(self, pid: int) -> str:
+        try:
+            path = os.readlink(f"/proc/{pid}/exe")
+        except OSError:
+            return ""
+        return _printable(os.path.basename(path.removesuffix(" (deleted)")))
+
     def variable(self, pid: int, name: str) -> str | None:
         values = self.variables(pid, (name,))
         return values[0] if values is not None else None
@@ -228,6 +241,10 @@ class _Linux:
 
     def pids(self) -> Iterable[int]:
         return psutil.pids()
+
+
+def _printable(name: str) -> str:
+    return "".join(each for each in name if each.isprintable())[:64]
 
 
 def _value(parts: bytes, wanted: bytes) -> str:
@@ -282,6 +299,12 @@ class _Portable:
         except (psutil.Error, OSError):
             return None
 
+    def program(self, pid: int) -> str:
+        try:
+            return _printable(os.path.basename(psutil.Process(pid).exe()))
+        except (psutil.Error, OSError):
+            return ""
+
     def variable(self, pid: int, name: str) -> str | None:
         try:
             return psutil.Process(pid).environ().get(name, "")
@@ -331,6 +354,12 @@ LINUX: Final[Processes] = _Linux()
 PORTABLE: Final[Processes] = _Portable()
 SYSTEM: Final[Processes] = LINUX if sys.platform == "linux" else PORTABLE
 """What this system is asked by."""
+
+
+def is_over(process: ProcessId) -> bool:
+    """Whether a process is dead, or will not run its own code again."""
+    facts = SYSTEM.facts(process.pid)
+    return facts.life is not Life.HIDDEN and (facts.process != process or facts.dying)
 
 
 def has_exited(pidfd: int) -> bool:

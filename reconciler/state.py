@@ -190,7 +190,7 @@ class Observation:
             self.keeper.process if self.keeper.state is not KeeperState.NONE else None,
             self.agent.process if self.agent.state is AgentState.ALIVE else None,
             *(rival.process for rival in self.rivals),
-            *(leftover.process for leftover in self.leftovers),
+            *(leftover.process for leftover in self.leftovers[:1]),  # the next one after it
         )
         return frozenset(process for process in alive if process is not None)
 
@@ -438,7 +438,7 @@ def _decide_unnamed(seen: Observation, keeper: ProcessId, policy: Policy) -> Pla
 def _decide_dead(seen: Observation, desired: Desired, policy: Policy) -> Plan:
     """The rows in which no keeper is proven to live."""
     if seen.over and seen.leftovers:
-        return _decide_leftovers(seen, desired, policy)
+        return _decide_leftovers(seen, policy)
     if seen.empty:
         if desired is Desired.PRESENT:
             return Plan(Verdict.MISSING, "wanted, and nothing is there")
@@ -460,14 +460,12 @@ def _decide_dead(seen: Observation, desired: Desired, policy: Policy) -> Plan:
     return Plan(Verdict.STALE, _why_stale(seen), (Remove(entries),))
 
 
-def _decide_leftovers(seen: Observation, desired: Desired, policy: Policy) -> Plan:
+def _decide_leftovers(seen: Observation, policy: Policy) -> Plan:
     """The session is over, and what it has started is not."""
-    stop = (StopLeftovers(tuple(leftover.process for leftover in seen.leftovers)),)
     if seen.leave:
         return Plan(Verdict.LEFTOVERS, "left alone on purpose")
-    if desired is Desired.ABSENT:
-        return Plan(Verdict.LEFTOVERS, "not wanted any more", stop)
-    actions = stop if policy.leftovers == "stop" else ()
+    stop = StopLeftovers(tuple(leftover.process for leftover in seen.leftovers))
+    actions = (stop,) if policy.leftovers == "stop" else ()
     return Plan(Verdict.LEFTOVERS, "session over, what it started lives on", actions)
 
 
@@ -587,10 +585,12 @@ class SessionTable(Mapping[str, Session]):
     def record(self, seen: Observation, plan: Plan) -> bool:
         """Take in a look and its judgement; tell subscribers if the judgement is new.
 
-        A session of which nothing is left, and nothing is wanted, leaves the table.
+        A session of which nothing is left, and nothing is wanted, leaves the table. A wish
+        that it were absent ends when it is over: the next one of its name is not meant.
 
         Returns:
-            Whether the verdict or its reason differs from the one before.
+            Whether the verdict or its reason differs from the one before, or there are
+            leftovers that were not known.
         """
         before = self.row(seen.sid)
         after = replace(before, seen=seen, plan=plan)
@@ -598,9 +598,14 @@ class SessionTable(Mapping[str, Session]):
             after = replace(after, desired=Desired.AS_FOUND)
             self._rows.pop(seen.sid, None)
         else:
+            if plan.verdict is Verdict.LEFTOVERS and after.desired is Desired.ABSENT:
+                after = replace(after, desired=Desired.AS_FOUND)
             self._rows[seen.sid] = after
         self._tell(before, after)
-        return _judgement(before) != _judgement(after)
+        known = before.seen.leftovers if before.seen else ()
+        return _judgement(before) != _judgement(after) or (
+            plan.verdict is Verdict.LEFTOVERS and not set(seen.leftovers) <= set(known)
+        )
 
     def _tell(self, before: Session, after: Session) -> None:
         if _face(before) != _face(after):

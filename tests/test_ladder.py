@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 
 import pytest
@@ -31,9 +32,10 @@ def pending(pid: int) -> set[signal.Signals]:
 
 @pytest.mark.parametrize("group", [True, False, None])
 def test_the_group_is_reached_only_if_it_is_meant(*, group: bool | None) -> None:
-    meant = {} if group is None else {"group": group}
+    default = functools.partial(end, ladder=LONG)
+    meant = default if group is None else functools.partial(default, group=group)
     with running(LEADS) as (pid, member), Target(identity(pid), lambda: True) as target:
-        assert asyncio.run(end(target, LONG, **meant)) == (True, "ended by SIGTERM")
+        assert asyncio.run(meant(target)) == (True, "ended by SIGTERM")
         assert pending(member) == ({signal.SIGTERM} if group else set())
 
 
@@ -47,3 +49,16 @@ def test_who_is_not_proven_is_spared(*, at_once: bool) -> None:
 
 def test_the_dashboards_times() -> None:
     assert (Ladder().term_grace, Ladder().kill_grace) == (2.0, 2.0)
+
+
+def test_who_is_not_what_it_was_gets_no_second_signal() -> None:
+    """It has caught SIGTERM, and has become something else before SIGKILL is due."""
+    answers = iter([True, False])
+    code = "signal.signal(signal.SIGTERM, lambda *_: None); print(os.getpid(), flush=True)"
+    with (
+        running(f"{code}\nwhile True: signal.pause()") as (pid,),
+        Target(identity(pid), lambda: True) as target,
+    ):
+        told = asyncio.run(end(target, Ladder(term_grace=0.1), still=lambda: next(answers)))
+        assert told == (False, "not proven any more, not signalled")
+        assert alive(pid)

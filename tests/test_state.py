@@ -392,7 +392,7 @@ WISHED: tuple[tuple[str, Desired, Observation, Verdict, tuple[Action, ...]], ...
     ("wanted, dead", Desired.PRESENT, left(), V.STALE, (REMOVE_ALL,)),
     ("missing", Desired.PRESENT, nothing(), V.MISSING, ()),
     ("leftovers", FOUND, over(), V.LEFTOVERS, ()),
-    ("unwanted, leftovers", Desired.ABSENT, over(), V.LEFTOVERS, (STOP_LEFT,)),
+    ("unwanted, leftovers", Desired.ABSENT, over(), V.LEFTOVERS, ()),
     ("unwanted, leftovers to be left alone", Desired.ABSENT, over(leave=True), V.LEFTOVERS, ()),
     ("leftovers of a session that lives", FOUND, replace(healthy(), leftovers=LEFT), V.READY, ()),
     ("leftovers beside files", FOUND, replace(left(), leftovers=LEFT), V.STALE, (REMOVE_ALL,)),
