@@ -25,7 +25,10 @@ from reconciler.state import (
     StopAgent,
     StopKeeper,
     StopLeftovers,
+    Verdict,
 )
+
+LEFTOVERS = Verdict.LEFTOVERS.value
 
 
 def row(finding: Finding, folder: Path) -> dict[str, Any]:
@@ -49,7 +52,9 @@ def table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     cells += [
         (
             row["sid"],
-            row["phase"],
+            f"{row['phase']} ({len(row['leftovers'])})"
+            if row["phase"] == LEFTOVERS
+            else row["phase"],
             str(row["keeper_pid"] or "-"),
             str(row["agent_pid"] or "-"),
             age(row["age_s"]),

@@ -16,7 +16,7 @@ CAMPAIGN = bool(os.environ.get("PI_RECONCILER_CAMPAIGN"))
 """Whether the full campaign runs, not the short round of each fault."""
 
 _ROW = "chaos"
-_HEADING = ("fault", "rounds", "checks", "violations", "seconds", "checked")
+_HEADING = ("fault", "rounds", "checks", "violations", "seconds", "must hold")
 
 
 class Fault:
@@ -55,7 +55,7 @@ class Fault:
         return {
             "fault": self._name,
             "rounds": self._rounds,
-            "checked": self._checked,
+            "must hold": self._checked,
             "checks": self._checks,
             "violations": len(self.violations) + failed,
         }
