@@ -34,7 +34,6 @@ ROOMS = {
         ["test_processes.py"],
     ),
     "identity": (["*"], ["test_identity.py"]),
-    "leftovers": (["*"], ["test_leftovers.py"]),
 }
 """For each room which functions are changed, and the tests that must notice."""
 

@@ -434,6 +434,8 @@ def test_leftovers_are_watched_and_keep_a_session_from_being_gone() -> None:
         (healthy(socket=HOSTILE, pid_file=HOSTILE), "socket: a FIFO, pid_file: a FIFO"),
         (healthy(keeper=CANNOT_TELL), "hidden"),
         (left(agent=MAYBE), "keeper dead, process 101 may be its agent"),
+        (over(), "session over, what it started lives on"),
+        (over(leave=True), "left alone on purpose"),
     ],
 )
 def test_reasons(seen: Observation, reason: str) -> None:
@@ -683,3 +685,37 @@ def test_subscribers_may_leave_while_they_are_told() -> None:
     table.record(*judged(healthy()))
     table.record(*judged(left()))
     assert told == ["s1", "s1", "s1"]
+
+
+def recorded(table: SessionTable, seen: Observation) -> bool:
+    return table.record(seen, decide(seen, table.row("s1").desired, POLICY))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "then"),
+    [
+        (Desired.ABSENT, Desired.AS_FOUND),
+        (Desired.PRESENT, Desired.PRESENT),
+        (Desired.AS_FOUND, Desired.AS_FOUND),
+    ],
+)
+def test_a_wish_for_absence_ends_when_only_leftovers_are_there(
+    wanted: Desired, then: Desired
+) -> None:
+    table = SessionTable()
+    table.want("s1", wanted)
+    recorded(table, over())
+    assert table["s1"].desired is then
+    assert table["s1"].phase is Verdict.LEFTOVERS
+
+
+def test_leftovers_are_news_when_there_are_others_than_before() -> None:
+    one, other = Leftover(STRANGER, "sleep"), Leftover(RIVAL, "cat")
+    table = SessionTable()
+    assert recorded(table, replace(over(), leftovers=(one,)))
+    assert not recorded(table, replace(over(), leftovers=(one,)))
+    assert recorded(table, replace(over(), leftovers=(one, other)))
+    assert not recorded(table, replace(over(), leftovers=(other,)))
+    assert recorded(table, replace(over(), leftovers=(one,)))
+    assert recorded(table, left())
+    assert not recorded(table, replace(left(), leftovers=(one,)))
