@@ -588,7 +588,7 @@ class Reconciler:
     def _may_not_act(self) -> str:
         if self.dry_run:
             return "dry run"
-        return self._folder.why_not if self._folder is not None else "there is no folder"
+        return self._folder.may_not_act() if self._folder is not None else "there is no folder"
 
     # Telling.
 
@@ -635,6 +635,10 @@ class _Served:
 
     def close(self) -> None:
         self.folder.close()
+
+    def may_not_act(self) -> str:
+        """Why the folder must be left alone now, or nothing: its mode may have changed."""
+        return self.why_not or self.folder.distrust_itself()
 
     def take_lock(self) -> None:
         """Become the one who acts on the folder, if it is free and as long as it is trusted."""

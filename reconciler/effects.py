@@ -136,8 +136,12 @@ class Effects:
             # Its agents first, while the keeper proves them: else, were we killed in between,
             # nobody could tell any more whose they are. It must not see them go.
             if at_once and target.send(signal.SIGSTOP):
-                for agent in self._agents_of(seen, action.process, held):
-                    await end(agent, self._ladder)
+                try:
+                    for agent in self._agents_of(seen, action.process, held):
+                        await end(agent, self._ladder)
+                except BaseException:
+                    target.send(signal.SIGKILL)  # nobody would wake it
+                    raise
             success, detail = await end(target, self._ladder, group=group, at_once=at_once)
         return success, detail
 
@@ -168,7 +172,11 @@ class Effects:
     def _is_agent_of(self, sid: str, process: ProcessId, keeper: ProcessId) -> bool:
         facts = self._processes.facts(process.pid)
         known = self._probe.identity.identify(sid, process.pid, facts)
-        return facts.parent == keeper.pid and known.state is not KeeperState.PROVEN
+        return (
+            facts.parent == keeper.pid
+            and known.state is not KeeperState.PROVEN
+            and not self._probe.identity.mentions_keeper(process.pid)
+        )
 
     def _rebind(self, sid: str, process: ProcessId) -> bool:
         def prove() -> bool:

@@ -137,6 +137,10 @@ class Folder:
         """Why what stands in the folder must not be acted upon, or nothing."""
         return trust.distrust(self.fd, self.path)
 
+    def distrust_itself(self) -> str:
+        """The same for the folder alone, at the cost of one call to the system."""
+        return trust.distrust_itself(os.fstat(self.fd))
+
     def lock(self) -> bool:
         """Take the folder for one reconciler; False when another one has it.
 
@@ -231,7 +235,7 @@ class Folder:
                 return Peer(Answer.GONE)
             except OSError:
                 return Peer(Answer.CANNOT_TELL)
-            return _peer(client, name)
+            return _peer(client, name, self.key)
 
     @contextlib.contextmanager
     def address(self, name: str) -> Iterator[str]:
@@ -273,9 +277,9 @@ def _pid_entry(text: bytes, file: FileId, now: float) -> Entry:
     return Entry(EntryKind.PID, now, file, pid)
 
 
-def _peer(client: socket.socket, name: str) -> Peer:
+def _peer(client: socket.socket, name: str, folder: tuple[int, int]) -> Peer:
     """Name the listener. With ``SO_PEERPIDFD`` its life is certain, not only its number."""
-    if sys.platform != "linux" or os.path.basename(client.getpeername()) != name:
+    if sys.platform != "linux" or not _is_bound_here(client.getpeername(), name, folder):
         return Peer(Answer.ACCEPTED)
     size = struct.calcsize("3i")
     pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
@@ -287,6 +291,23 @@ def _peer(client: socket.socket, name: str) -> Peer:
         return Peer(Answer.ACCEPTED, pid, alive=not has_exited(descriptor))
     finally:
         os.close(descriptor)
+
+
+def _is_bound_here(bound: str, name: str, folder: tuple[int, int]) -> bool:
+    """Whether what a listener has bound is this name, and not that of another folder.
+
+    A path that leads nowhere any more, and one that was relative, do not tell the folder.
+    """
+    place, base = os.path.split(bound)
+    if base != name:
+        return False
+    if not os.path.isabs(place):
+        return True
+    try:
+        status = os.stat(place)
+    except OSError:
+        return True
+    return (status.st_dev, status.st_ino) == folder
 
 
 def _filesystem_of(device: int) -> str:

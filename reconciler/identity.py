@@ -13,12 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reconciler.folder import Answer, Folder, Peer
-from reconciler.layout import KEEPER_PROGRAM, Role, file_name, keeper_arguments
+from reconciler.layout import (
+    KEEPER_PROGRAM,
+    Role,
+    file_name,
+    keeper_arguments,
+    mentions_keeper,
+)
 from reconciler.processes import SYSTEM, Facts, Life, Processes
 from reconciler.state import Keeper, KeeperState, Listening, ProcessId
 
 KNOWN_PROGRAMS = frozenset({KEEPER_PROGRAM.name, "keeper.cjs"})
 """Base names of the keeper programs that are known without a setting."""
+
+_OURS = frozenset({KEEPER_PROGRAM.name})
 
 NOBODY = Keeper(KeeperState.NONE)
 
@@ -77,8 +85,12 @@ class Identity:
             return False
         if keeper.state is KeeperState.PROVEN:
             return True
-        asked = self.connect(sid)
-        return asked.named and asked.listener == process
+        listening = self.listening_keeper(sid, self.connect(sid))
+        return (
+            listening is not None
+            and listening.state is KeeperState.PROVEN
+            and listening.process == process
+        )
 
     def listening_keeper(self, sid: str, asked: Asked) -> Keeper | None:
         """The keeper that answers on the session's socket, if it can be named."""
@@ -88,6 +100,9 @@ class Identity:
         if facts.process != asked.listener:
             return None
         ours = self.identify(sid, asked.listener.pid).ours
+        if not ours and self._serves_elsewhere(sid, asked.listener.pid):
+            text = f"keeper {asked.listener.pid} listens here, and serves another folder"
+            return _unverifiable(facts, text)
         evidence = f"process {asked.listener.pid} listens on the session's socket"
         return Keeper(KeeperState.PROVEN, facts.process, ours, facts.age, evidence)
 
@@ -115,8 +130,8 @@ class Identity:
         if any(sid in argument for argument in arguments):
             text = f"process {pid} has the session id among its arguments, its program is not known"
             return _unverifiable(facts, text)
-        name = os.path.basename(arguments[0])[:64]
-        evidence = f"process {pid} is {name!r}, not a keeper"
+        name = self._processes.program(pid)
+        evidence = f"process {pid} is {name or 'another program'}, not a keeper"
         return Keeper(KeeperState.RECYCLED, facts.process, evidence=evidence)
 
     def _keeper_of_this_folder(self, sid: str, program: str, facts: Facts) -> Keeper:
@@ -134,6 +149,15 @@ class Identity:
                 return _unverifiable(facts, f"whose folder keeper {pid} serves cannot be told")
             case _:
                 return NOBODY
+
+    def _serves_elsewhere(self, sid: str, pid: int) -> bool:
+        """Whether it is a keeper of ours that does not hold this folder: its socket was linked."""
+        arguments = self._processes.arguments(pid) or ()
+        return mentions_keeper(arguments, _OURS) and not self.may_serve(sid, pid)
+
+    def mentions_keeper(self, pid: int) -> bool:
+        """Whether a process may run a keeper of whichever session: to spare it, no more."""
+        return mentions_keeper(self._processes.arguments(pid) or (), self._programs)
 
     def may_serve(self, sid: str, pid: int) -> bool:
         """Whether a process that runs our keeper for ``sid`` may do so for this folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 
 _LATELY = 1.0
 # Seconds for which a look at the folders above counts: it costs a tenth of a write.
+
+_DEEPEST = 512
+# Folders that are walked up; a way without an end is not trusted.
 
 
 def distrust(descriptor: int, path: Path) -> str:
@@ -25,7 +29,7 @@ def distrust(descriptor: int, path: Path) -> str:
         descriptor: the folder, open; ``O_PATH`` will do.
         path: where it was opened, for people.
     """
-    return _distrust_itself(os.fstat(descriptor)) or _distrust_above(descriptor, path)
+    return distrust_itself(os.fstat(descriptor)) or _distrust_above(descriptor, path)
 
 
 class Trust:
@@ -41,9 +45,9 @@ class Trust:
         folder = (status.st_dev, status.st_ino)
         if folder != self._trusted or now >= self._until:
             if reason := _distrust_above(descriptor, path):
-                return _distrust_itself(status) or reason
+                return distrust_itself(status) or reason
             self._trusted, self._until = folder, now + _LATELY
-        return _distrust_itself(status)
+        return distrust_itself(status)
 
 
 def distrust_at(path: Path) -> str:
@@ -59,7 +63,8 @@ def distrust_at(path: Path) -> str:
         os.close(descriptor)
 
 
-def _distrust_itself(status: os.stat_result) -> str:
+def distrust_itself(status: os.stat_result) -> str:
+    """`distrust`, but for the folders above."""
     if status.st_uid != os.geteuid():
         return f"the folder belongs to uid {status.st_uid}, not to us (uid {os.geteuid()})"
     if writers := _writers(status):
@@ -89,10 +94,16 @@ def _distrust_ancestor(status: os.stat_result, trusted: set[int]) -> str:
 
 def _above(descriptor: int) -> Iterator[tuple[str, os.stat_result]]:
     """The way up to each folder above this one, the nearest first, and its status."""
-    below, up = os.fstat(descriptor), ".."
-    while not os.path.samestat(status := os.stat(up, dir_fd=descriptor), below):
+    root, below = os.stat("/"), os.fstat(descriptor)
+    for depth in range(1, _DEEPEST):
+        up = "/".join([".."] * depth)
+        status = os.stat(up, dir_fd=descriptor)
+        # A folder that is mounted on its own child looks like its own parent, too.
+        if os.path.samestat(status, below) and os.path.samestat(status, root):
+            return
         yield up, status
-        below, up = status, f"{up}/.."
+        below = status
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
 def _writers(status: os.stat_result) -> tuple[str, str] | None:

@@ -127,8 +127,9 @@ if sys.platform == "linux":
     # link never gives one when it is turned elsewhere.
     _OURS = CallbackId(1)
 
-    Chain = tuple[tuple[str, int, int, bool], ...]
-    """The existing folders from the root down: device, inode, and whether we may read it."""
+    Chain = tuple[tuple[str, int, int, tuple[int, int, bool]], ...]
+    """The existing folders from the root down: device, inode, and whose they are: mode, owner,
+    and whether we may read it. What others may do there decides whether it is acted upon."""
 
     class _Inotify(InotifyFD):
         """Tells of changed mounts, too: they bring no event, and lead a path elsewhere.
@@ -184,7 +185,7 @@ if sys.platform == "linux":
         def _add_watches(self, target: str) -> None:
             watched: set[tuple[int, int]] = set()
             for depth in range(len(self.chain), 0, -1):
-                path, device, inode, readable = self.chain[depth - 1]
+                path, device, inode, (_, _, readable) = self.chain[depth - 1]
                 # An ancestor may only be passed through, or come twice ("..", a link).
                 if not readable or (device, inode) in watched:
                     continue
@@ -321,9 +322,10 @@ if sys.platform == "linux":
                     self._laid, complaint = None, f"cannot be watched: {error.strerror}"
                 if before is not None:
                     before.stop()
-            self._tell(complaint)
-            if self._laid is not None and _chain(self.path) != chain:
+            if _chain(self.path) != chain:  # so a folder may have gone before it was watched
                 self.rearm()
+            else:
+                self._tell(complaint)
             if self._laid is not None or before is not None:
                 self.ask_for_all()
 
@@ -342,7 +344,8 @@ if sys.platform == "linux":
                 break
             if not stat.S_ISDIR(status.st_mode):
                 break
-            chain.append((str(path), status.st_dev, status.st_ino, os.access(path, os.R_OK)))
+            rights = (status.st_mode, status.st_uid, os.access(path, os.R_OK))
+            chain.append((str(path), status.st_dev, status.st_ino, rights))
         return tuple(chain)
 
     def _observer(complain: Callable[[str], None]) -> BaseObserver:

@@ -1337,3 +1337,34 @@ async def test_a_keepers_log_of_another_folder_that_is_linked_here_makes_it_no_k
                 await happens(lambda: not alive(pid), "it is a lost keeper of this folder now")
     finally:
         os.close(descriptor)
+
+
+@asynchronous
+async def test_a_folder_that_is_opened_to_others_is_left_alone_at_once(
+    folder: Path, manager: KeeperManager
+) -> None:
+    """And served again at once when it is closed; no full look is asked for in between."""
+    async with running(manager) as (reconciler, told):
+        spawned = await reconciler.spawn(SID, agent_command=SINK)
+        await ready(reconciler, SID)
+        folder.chmod(0o777)
+        await happens(lambda: told.of("folder.observed_only"), "it is told")
+        os.kill(spawned.keeper_pid, signal.SIGKILL)
+        await happens(lambda: told.of("session.planned", SID), "it is told what would be done")
+        assert claims_of(folder) == ALL
+        folder.chmod(0o700)
+        await gone(folder)
+
+
+@asynchronous
+async def test_a_folder_that_was_opened_this_instant_is_left_alone(
+    folder: Path, manager: KeeperManager
+) -> None:
+    async with running(manager) as (reconciler, told):
+        spawned = await reconciler.spawn(SID, agent_command=SINK)
+        await ready(reconciler, SID)
+        reconciler._watcher.stop()
+        folder.chmod(0o720)
+        os.kill(spawned.keeper_pid, signal.SIGKILL)
+        await happens(lambda: told.of("session.planned", SID), "it is told what would be done")
+        assert claims_of(folder) == ALL
