@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 AGENT_VERSION := 0.74.2
 AGENT := .tools/agent/node_modules/.bin/pi
-FAULT_TOOLS := bindfs faketime tmux
+SYSTEM_TOOLS := bindfs faketime tmux s6-supervise
 ARGS ?=
+QUICK ?=
 JOBS ?= 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -43,15 +44,18 @@ campaign: $(VENV)/.test agent ## The longer races and random histories
 chaos: $(VENV)/.test agent tools ## Every fault of the campaign, many rounds, one row each (ARGS="-k clock")
 	PI_RECONCILER_CAMPAIGN=1 $(BIN)/pytest -m chaos --timeout 7200 $(ARGS)
 
-# Debian's packages, each named like its command. A fault without its tool is skipped, and says so.
-tools: ## What some faults need of the system, installed as root where there is apt
-	@missing=$$(for tool in $(FAULT_TOOLS); do command -v $$tool >/dev/null || echo $$tool; done); \
+# Debian's packages, each named like its command (but for s6). A fault or a
+# benchmark without its tool is skipped, and says so.
+tools: ## What some faults and benchmarks need of the system, installed as root where there is apt
+	@missing=$$(for tool in $(SYSTEM_TOOLS); do \
+	  command -v $$tool >/dev/null || echo $${tool%-supervise}; done); \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq; apt-get install -y -qq $$missing || echo "not installed: $$missing"; \
 	fi
 
-bench: $(VENV)/.run ## Measure, against peers in the same run (ARGS=--quick for a short one)
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: SYSTEM_TOOLS := s6-supervise
+bench: $(VENV)/.run tools ## Measure against peers, in one run (QUICK=1: a short check of the harness)
+	$(BIN)/python -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 fuzz: $(VENV)/.fuzz ## Fuzz what reads outside bytes (ARGS="wire --runs 1000000" for one of them)
 	$(BIN)/python -m fuzzing $(ARGS)

@@ -1,73 +1,56 @@
 """Run the benchmarks: ``python -m benchmarks [NAME...] [--quick]``.
 
-Every figure is a ratio of medians taken in this very run, ours and the peer's in turns: the
-machine's speed cancels out, and so does most of its noise.
+Every figure is a ratio of what was taken in this very run, ours and the peer's in turns: the
+machine's speed cancels out, and so does most of its noise. The exit code is 1 when the harness
+of a row failed; whether a goal is met is nothing to it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import gc
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
-from benchmarks import keepers, kill_to_clean
-from benchmarks.measuring import Benchmark
+from benchmarks import table
+from benchmarks.every import ROWS, measure
+from benchmarks.measuring import Row
 
-ALL: tuple[Benchmark, ...] = (*kill_to_clean.BENCHMARKS, *keepers.BENCHMARKS)
+
+def main(arguments: list[str] | None = None, every: tuple[Row, ...] = ROWS) -> int:
+    """Measure, show and write down what was asked for; gives the exit code."""
+    given = _parse(arguments, every)
+    rows = tuple(row for row in every if row.name in given.names or not given.names)
+    print(table.HEADER, flush=True)
+    begun = time.monotonic()
+    results = measure(rows, quick=given.quick)
+    print(f"{time.monotonic() - begun:.0f} s; a star: the goal is met", flush=True)
+    table.write_results(rows, results, given.results)
+    broken = [row.name for row in rows if row.name not in results]
+    if broken:
+        print(f"broken: {', '.join(broken)}", file=sys.stderr)
+    elif rows == every and not given.quick:
+        table.write_page(rows, results)
+    return 1 if broken else 0
 
 
-def main() -> None:
+def _parse(arguments: list[str] | None, every: tuple[Row, ...]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", help="which ones; all when none is named")
-    parser.add_argument("--quick", action="store_true", help="few rounds: does it work at all?")
-    given = parser.parse_args()
-    known = {benchmark.name: benchmark for benchmark in ALL}
-    if unknown := set(given.names) - known.keys():
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
-    results = {}
-    print(_row("name", "ratio", "goal", "ours", "peer", "unit", "rounds", "spread"))
-    for name in given.names or known:
-        benchmark = known[name]
-        ours, peer = benchmark.measure(benchmark.quick if given.quick else benchmark.rounds)
-        middle = statistics.median(ours), statistics.median(peer)
-        result = {
-            "ratio": round(middle[0] / middle[1], 3),
-            "goal": benchmark.goal,
-            "ours": round(middle[0], 4),
-            "peer": round(middle[1], 4),
-            "unit": benchmark.unit,
-            "rounds": len(ours),
-            "spread": round(_spread(ours), 3),
-        }
-        results[name] = result
-        print(_row(name, **result), flush=True)
-    if not given.quick and not given.names:
-        target = Path(__file__).with_name("results.json")
-        target.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def _row(  # noqa: PLR0917 - the columns
-    name: str,
-    ratio: object,
-    goal: object,
-    ours: object,
-    peer: object,
-    unit: object,
-    rounds: object,
-    spread: object,
-) -> str:
-    figures = (ratio, goal, ours, peer, rounds, spread)
-    return f"{name:<20} " + " ".join(f"{figure!s:>8}" for figure in figures) + f"  {unit}"
-
-
-def _spread(values: list[float]) -> float:
-    """The middle half's width, as a part of the median."""
-    if len(values) < 4:
-        return 0.0
-    low, middle, high = statistics.quantiles(values, n=4)
-    return (high - low) / middle
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which rows; all by default")
+    parser.add_argument("--quick", action="store_true", help="few rounds: does the harness work?")
+    parser.add_argument("--results", type=Path, default=table.RESULTS, help="where they go")
+    given = parser.parse_args(arguments)
+    known = [row.name for row in every]
+    if unknown := sorted(set(given.names) - set(known)):
+        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
+    return given
 
 
 if __name__ == "__main__":
-    main()
+    os.umask(0o022)  # keepers' folders that a group may write to are not trusted
+    gc.disable()  # a collection of the harness is no part of any figure
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended
+    sys.exit(main())

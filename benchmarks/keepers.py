@@ -2,75 +2,92 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measuring import (
-    Benchmark,
-    Times,
-    accepts,
-    killed_at_the_end,
-    start_keeper,
-    wait_until,
-)
+from benchmarks.measuring import Row, Stage, Values
+from benchmarks.processes import ended, socket_of, start_keeper, until, wait_for_agent
+from benchmarks.watching import IN_CREATE, IN_MOVED_TO, accepting, notices
 
 
-def _start(*, ours: bool, number: int, folder: Path) -> float:
-    """Milliseconds from the start of the process until its socket accepts."""
-    sid = f"{'ours' if ours else 'node'}-{number}"
-    begun = time.perf_counter()
-    keeper = start_keeper(folder, sid, ours=ours)
-    with killed_at_the_end([keeper]):
-        wait_until(lambda: accepts(folder / f"{sid}.rpc.sock"))
-        return (time.perf_counter() - begun) * 1000
+def starts(stage: Stage) -> Values:
+    """A keeper is started by its command, and accepts connections.
+
+    The clock starts before the process does, and stops when a connect to its socket goes
+    through; until the socket is there we sleep on the folder's notices.
+    """
+    folder = stage.folder()
+    values: dict[str, list[float]] = {"ours": [], "node": []}
+    for number in range(stage.of(41, 2)):
+        for whose, took in values.items():
+            took.append(_start(folder, f"{whose}-{number}", ours=whose == "ours"))
+    return values
 
 
-def _memory(field: str, *, ours: bool, number: int, folder: Path) -> float:
-    """MiB of an idle keeper, by one field of the kernel's own account."""
-    sid = f"{'ours' if ours else 'node'}-{number}"
-    keeper = start_keeper(folder, sid, ours=ours)
-    with killed_at_the_end([keeper]):
-        wait_until(lambda: "keeper ready" in _text(folder / f"keeper-{sid}.log"))
+def _start(folder: Path, sid: str, *, ours: bool) -> float:
+    with notices(IN_CREATE | IN_MOVED_TO, folder) as descriptor:
+        begun = time.perf_counter()
+        with ended(start_keeper(folder, sid, ours=ours)):
+            took = accepting(socket_of(folder, sid), descriptor) - begun
+            wait_for_agent(folder, sid)  # it is killed only once it is whole
+    return took * 1000
+
+
+def memory(stage: Stage) -> Values:
+    """MiB of a keeper that is ready and idle, by the kernel's account of its memory.
+
+    Resident is all of it that is in memory, what it shares with others included; private is
+    what nobody shares. Another of its kind lives beside it, as is usual: alone on a machine,
+    the pages of a runtime's own file would count as private, too. No clock.
+    """
+    folder = stage.folder()
+    values: dict[str, list[float]] = {}
+    for number in range(stage.of(9, 2)):
+        for whose in ("ours", "node"):
+            resident, private = _memory(folder, f"{whose}-{number}", ours=whose == "ours")
+            values.setdefault(whose, []).append(resident)
+            values.setdefault(f"{whose}_private", []).append(private)
+    return values
+
+
+def _memory(folder: Path, sid: str, *, ours: bool) -> tuple[float, float]:
+    log = folder / f"keeper-{sid}.log"
+    other = start_keeper(folder, f"{sid}-other", ours=ours)
+    with ended(keeper := start_keeper(folder, sid, ours=ours), other):
+        wait_for_agent(folder, f"{sid}-other")
+        until(lambda: log.exists() and "keeper ready" in log.read_text(), "it is ready")
         lines = Path(f"/proc/{keeper.pid}/smaps_rollup").read_text().splitlines()
-        sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
-        names = ("Private_Clean", "Private_Dirty") if field == "private" else ("Rss",)
-        return sum(sizes[name] for name in names) / 1024
+    sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
+    return sizes["Rss"] / 1024, (sizes["Private_Clean"] + sizes["Private_Dirty"]) / 1024
 
 
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-def _in_turns(what: str, rounds: int) -> tuple[Times, Times]:
-    ours: Times = []
-    peer: Times = []
-    with tempfile.TemporaryDirectory() as home:
-        folder = Path(home) / ".pi" / "dashboard" / "sessions"
-        folder.mkdir(parents=True, mode=0o700)
-        for number in range(rounds):
-            for values, is_ours in ((ours, True), (peer, False)):
-                if what == "start":
-                    values.append(_start(ours=is_ours, number=number, folder=folder))
-                else:
-                    values.append(_memory(what, ours=is_ours, number=number, folder=folder))
-    return ours, peer
-
-
-def measure_start(rounds: int) -> tuple[Times, Times]:
-    return _in_turns("start", rounds)
-
-
-def measure_rss(rounds: int) -> tuple[Times, Times]:
-    return _in_turns("rss", rounds)
-
-
-def measure_private(rounds: int) -> tuple[Times, Times]:
-    return _in_turns("private", rounds)
-
-
-BENCHMARKS = (
-    Benchmark("keeper_start", 0.5, "ms", measure_start, rounds=21, quick=3),
-    Benchmark("keeper_rss", 0.3, "MiB", measure_rss, rounds=5, quick=2),
-    Benchmark("keeper_private", 0.7, "MiB", measure_private, rounds=5, quick=2),
+ROWS = (
+    Row(
+        name="keeper_start",
+        work="spawn → accepts connections",
+        against="Node keeper",
+        goal=0.5,
+        unit="ms",
+        scene=starts,
+        peer="node",
+    ),
+    Row(
+        name="keeper_rss",
+        work="resident memory of an idle keeper",
+        against="Node keeper",
+        goal=0.3,
+        unit="MiB",
+        scene=memory,
+        peer="node",
+    ),
+    Row(
+        name="keeper_private",
+        work="private memory of an idle keeper",
+        against="Node keeper",
+        goal=0.7,
+        unit="MiB",
+        scene=memory,
+        ours="ours_private",
+        peer="node_private",
+    ),
 )
