@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+import statistics
 import time
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def scaling(stage: Stage) -> Values:
 
 def _slowest(values: dict[str, list[float]]) -> list[float]:
     """The values of the size with the highest median."""
-    return max(values.values(), key=lambda took: sorted(took)[len(took) // 2])
+    return max(values.values(), key=statistics.median)
 
 
 def _kill_in_each(scenes: list[tuple[Path, Daemon]], number: int) -> list[float]:

@@ -128,7 +128,7 @@ class Row:
     def figure(self, values: Values) -> Figure:
         """What comes out of a scene's values."""
         if self.peer and self.peer not in values:
-            raise SkippedError(f"{self.against} cannot be had here")
+            raise SkippedError(f"{self.against}: it cannot be had here, see `make tools`")
         mine = values[self.ours]
         ours = self.statistic(mine)
         peer = statistics.median(values[self.peer]) if self.peer else None

@@ -100,7 +100,7 @@ def test_a_peer_that_cannot_be_had_is_skipped_with_a_word(tmp_path: Path) -> Non
     assert main(["--quick", "--results", str(results)], rows) == 0
     assert measure(rows, quick=True) == {
         "row": "skipped: no such peer here",
-        "other": "skipped: a peer cannot be had here",
+        "other": "skipped: a peer: it cannot be had here, see `make tools`",
     }
     assert json.loads(results.read_text()) == {}
 

@@ -13,6 +13,7 @@ Run with ``python -I -S``; the standard library only.
 
 import ctypes
 import os
+import resource
 import select
 import socket
 import struct
@@ -23,6 +24,8 @@ HEADER = struct.calcsize("iIII")
 
 
 def deaths() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     epoll = select.epoll()
     epoll.register(0, select.EPOLLIN)
     files: dict[int, list[bytes]] = {}
