@@ -240,15 +240,15 @@ class Daemon:
         rest([self.pid])
 
 
-def rest(pids: Sequence[int]) -> None:
+def rest(pids: Sequence[int], quiet: float = QUIET) -> None:
     """Wait until processes have done no work for a while: half a millisecond of it at most."""
 
     def rested() -> bool:
         before = [worked(pid) for pid in pids]
-        time.sleep(QUIET)
+        time.sleep(quiet)
         return all(worked(pid) - then < 0.0005 for pid, then in zip(pids, before, strict=True))
 
-    until(rested, "the daemon is at rest", pause=0)
+    until(rested, f"{pids} are at rest", pause=0)
 
 
 def worked(pid: int) -> float:
@@ -307,6 +307,10 @@ class Helper:
 
     def __exit__(self, *_: object) -> None:
         _end([self._process])
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def ask(self, line: str) -> str:
         """Say a line, and wait for the answer."""

@@ -15,6 +15,7 @@ from benchmarks.processes import (
     bare,
     ended,
     node,
+    rest,
     start_keeper,
     wait_for_agent,
 )
@@ -22,6 +23,9 @@ from benchmarks.writer import lines
 
 BATCH = 50
 """Writes of one side before it is the other's turn."""
+
+QUIET = 0.02
+"""Seconds without work after which writers and keepers are at rest."""
 
 SIZE = 200
 """Bytes of a line of `many`, the line feed included."""
@@ -39,18 +43,22 @@ def writes(stage: Stage) -> Values:
     is warm. ``ours``: `RpcWriter.write` to a keeper of ours, which returns with the receipt
     that the line is in the agent's input. ``node``: a write to the Node keeper by the
     dashboard's rules, which returns once the line is with the kernel. The rates are those of
-    the same batches, what lies between two calls included.
+    the same batches, what lies between two calls included. A batch begins once all four are at
+    rest: a write without a receipt leaves its keeper with work that is not in its figure, and
+    must not be in ours.
     """
     folder = stage.folder()
     values: dict[str, list[float]] = {"ours": [], "node": [], "ours_rate": [], "node_rate": []}
     dashboard = [node(), str(PEERS / "dashboard.cjs"), "write", str(folder), "node"]
+    keepers = start_keeper(folder, "ours"), start_keeper(folder, "node", ours=False)
     with (
-        ended(start_keeper(folder, "ours"), start_keeper(folder, "node", ours=False)),
+        ended(*keepers),
         writer(folder, _ready(folder, "ours")) as ours,
         Helper(dashboard, _served(folder, "node")) as peer,
     ):
         for number in range(-2, stage.of(40, 3)):  # the first two rounds are to get warm
             for whose, helper in (("ours", ours), ("node", peer)):
+                rest([ours.pid, peer.pid, *(keeper.pid for keeper in keepers)], QUIET)
                 told = json.loads(helper.ask(str(BATCH)))
                 if number >= 0:
                     values[whose] += told["each"]
