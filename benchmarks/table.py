@@ -94,11 +94,10 @@ def _markdown(rows: tuple[Row, ...], results: Results) -> str:
             lines.append(f"{start} {figure} | {row.goal_text} | | | | |")
             continue
         mark = "" if row.met(figure.ratio) else " (missed)"
-        peer = "" if figure.peer is None else f"{number(figure.peer)} {row.unit}"
-        ratio = "" if figure.peer is None else number(figure.ratio)
+        peer = "none" if figure.peer is None else f"{number(figure.peer)} {row.unit}"
         lines.append(
-            f"{start} {ratio or 'none'}{mark} | {row.goal_text} | {number(figure.ours)} "
-            f"{row.unit} | {peer or 'none'} | {figure.rounds} | {figure.spread:.0%} |"
+            f"{start} {number(figure.ratio)}{mark} | {row.goal_text} | {number(figure.ours)} "
+            f"{row.unit} | {peer} | {figure.rounds} | {figure.spread:.0%} |"
         )
     return "\n".join(lines)
 

@@ -182,7 +182,7 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path) -> None:
     assert text.endswith(f"\n{table.END}\nafter\n")
     assert "| `row` | work | a peer | 0.5 | ≤ 0.5 | 2 ms | 4 ms | 3 | 0% |" in text
     assert "| `far` | work | a peer | 0.5 (missed) | ≤ 1e-09 | 2 ms | 4 ms | 3 | 0% |" in text
-    assert "| `alone` | work | none | none (missed) | ≤ 0.5 ms | 2 ms | none | 3 | 0% |" in text
+    assert "| `alone` | work | none | 2 (missed) | ≤ 0.5 ms | 2 ms | none | 3 | 0% |" in text
     assert "| `none` | work | a peer | skipped: no such peer here | ≤ 0.5 | | | | |" in text
     assert f"{'row':<20} {'█' * 30}┃ 1.00" in text
     assert re.search(r"^far +█{30}┃█{29}▶", text, re.MULTILINE)
