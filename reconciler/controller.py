@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from reconciler.effects import Done, Effects
+from reconciler.effects import Done
 from reconciler.errors import (
     FolderError,
     FolderLockedError,
@@ -34,6 +34,7 @@ from reconciler.probe import NO_SUSPECTS, Suspects
 from reconciler.removal import is_taken, recover
 from reconciler.reports import Reporter
 from reconciler.retries import FIRST, Retries
+from reconciler.served import Served
 from reconciler.state import (
     Adopt,
     Desired,
@@ -112,7 +113,7 @@ class Reconciler:
         self._hints = Hints()
         self._inbox: set[str] = set()
         self._inbox_lock = threading.Lock()
-        self._folder: _Served | None = None
+        self._folder: Served | None = None
         self._complaint = ""
         self._suspects: dict[str, Suspects] = {}
         self._unneeded: dict[str, int] = {}
@@ -360,7 +361,7 @@ class Reconciler:
             if not acting:
                 self._hints.release(sid)
 
-    def _look_and_act(self, sid: str, served: _Served) -> bool:
+    def _look_and_act(self, sid: str, served: Served) -> bool:
         """Look, decide and act; whether a task has the session in work now."""
         row = self.sessions.row(sid)
         suspects = self._suspects.pop(sid, NO_SUSPECTS)
@@ -409,7 +410,7 @@ class Reconciler:
         self._hints.add(sid, now + pause)
         self._reporter.failed(sid, error, pause, again=pause > FIRST)
 
-    def _act(self, seen: Observation, plan: Plan, served: _Served) -> bool:
+    def _act(self, seen: Observation, plan: Plan, served: Served) -> bool:
         slow = [a for a in plan.actions if isinstance(a, Stop)]
         for action in plan.actions:
             if isinstance(action, Remove | Rebind | Adopt):
@@ -431,7 +432,7 @@ class Reconciler:
         seen: Observation,
         plan: Plan,
         actions: Sequence[Stop],
-        served: _Served,
+        served: Served,
     ) -> None:
         try:
             for action in actions:
@@ -466,7 +467,7 @@ class Reconciler:
             self._hints.release(LOOK_AT_ALL)
             self._hints.add(LOOK_AT_ALL, time.monotonic() + self._resync)
 
-    def _hint_all(self, served: _Served) -> None:
+    def _hint_all(self, served: Served) -> None:
         now = time.monotonic()
         for sid in self.sessions:
             self._hints.add(sid, now)
@@ -478,7 +479,7 @@ class Reconciler:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _find_all(self, served: _Served) -> None:
+    async def _find_all(self, served: Served) -> None:
         """Find all sessions: first the names in the folder, then what only a scan can find."""
         try:
             wishes = await self._list(served)
@@ -499,7 +500,7 @@ class Reconciler:
             if scans >= _ENOUGH_SCANS:
                 forget_wish(folder, sid)
 
-    async def _list(self, served: _Served) -> set[str]:
+    async def _list(self, served: Served) -> set[str]:
         """Ask for a look at every session that a name stands for, in slices of time.
 
         Returns:
@@ -520,7 +521,7 @@ class Reconciler:
                 end = time.monotonic() + SLICE
         return wishes
 
-    async def _scan(self, served: _Served) -> Suspects:
+    async def _scan(self, served: Served) -> Suspects:
         """Ask for a look at what only processes tell of: a walk over them, beside the loop."""
         suspects = await asyncio.to_thread(served.probe.scan_all)
         for sid in suspects.sids:
@@ -536,7 +537,7 @@ class Reconciler:
         else:
             self._begin(self._find_leftovers(self._folder))
 
-    async def _find_leftovers(self, served: _Served) -> None:
+    async def _find_leftovers(self, served: Served) -> None:
         try:
             await self._scan(served)
         except OSError as error:
@@ -545,7 +546,7 @@ class Reconciler:
             self._hints.release(LOOK_FOR_LEFTOVERS)
             self._wake()
 
-    def _tell_half_read(self, served: _Served, error: OSError) -> None:
+    def _tell_half_read(self, served: Served, error: OSError) -> None:
         reason = f"not all could be looked at: {error.strerror}"
         self._log.warning("folder.half_read", folder=str(served.folder.path), reason=reason)
 
@@ -569,7 +570,7 @@ class Reconciler:
             except OSError as error:
                 self._complain("folder.unusable", f"cannot be opened: {error.strerror}")
                 return
-            self._folder = _Served(folder, self.manager, self._on_registry)
+            self._folder = Served(folder, self.manager, self._on_registry)
         if not self.dry_run:
             self._folder.take_lock()
 
@@ -619,37 +620,3 @@ def _is_over(row: Session) -> bool:
 
 def _was_alive(row: Session) -> bool:
     return row.phase not in _OVER and row.seen is not None and row.seen.seen_alive
-
-
-class _Served:
-    """The folder that is served now, and what looks at it and acts on it."""
-
-    def __init__(
-        self, folder: Folder, manager: KeeperManager, complain: Callable[[str], None]
-    ) -> None:
-        self.folder = folder
-        self.probe = manager.probe(folder, complain)
-        self.effects = Effects(self.probe, manager.ladder)
-        self.why_not = "not locked"
-        self.locked_by_other = False
-
-    def close(self) -> None:
-        self.folder.close()
-
-    def may_not_act(self) -> str:
-        """Why the folder must be left alone now, or nothing: its mode may have changed."""
-        return self.why_not or self.folder.distrust_itself()
-
-    def take_lock(self) -> None:
-        """Become the one who acts on the folder, if it is free and as long as it is trusted."""
-        if distrust := self.folder.distrust():
-            self.why_not = distrust
-        elif self.why_not:
-            self.locked_by_other = not self.folder.lock()
-            holder = self.folder.lock_holder() if self.locked_by_other else None
-            self.why_not = (
-                f"another reconciler (process {holder or 'unknown'}) works on "
-                f"{str(self.folder.path)!r}: stop it first, or look on (dry_run, --dry-run)"
-                if self.locked_by_other
-                else ""
-            )
