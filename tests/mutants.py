@@ -124,6 +124,7 @@ def mutate(room: str, jobs: int) -> tuple[collections.Counter[str], list[Survivo
 ALONE = (
     *("unshare", "--pid", "--fork", "--mount-proc", "--kill-child"),
     *(() if os.geteuid() == 0 else ("--user", "--map-root-user")),
+    *("sh", "-c", '"$@"; exit $?', "sh"),  # the first process gets all orphans to wait for
 )
 """A changed copy of what kills processes may kill any: it sees none but its own."""
 
