@@ -28,7 +28,7 @@ ROOMS = {
     "state": (["*"], ["test_state.py"]),
     "removal": (["*"], ["test_removal.py"]),
     "ladder": (["*"], ["test_ladder.py", "test_effects.py"]),
-    "effects": (["*"], ["test_effects.py"]),
+    "effects": (["*"], ["test_effects.py", "test_leftovers.py"]),
     "processes": (
         ["xǁTargetǁ*", "x_open_pidfd*", "x_has_exited*", "x__settle*"],
         ["test_processes.py"],

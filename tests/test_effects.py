@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import signal
@@ -367,6 +368,48 @@ def test_of_the_children_of_a_usurped_keeper_only_its_agent_is_ended(
         done = stop(effects, seen, StopKeeper(identity(pid), at_once=True))
         assert (done.success, done.detail) == (True, "ended by SIGKILL")
         assert [alive(child) for child in (agent, listener, winner)] == [False, True, True]
+
+
+KEEPS_ANOTHER = """
+import sys
+child = os.fork()
+if not child:
+    script = sys.argv[0]
+    code = "import signal; signal.pause()"
+    open(script + "2/keeper.cjs", "w").write(code)
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", script + "2/keeper.cjs", "another"])
+print(os.getpid(), child, flush=True)
+signal.pause()
+"""
+
+
+def test_a_child_that_may_be_the_keeper_of_another_session_is_nobodys_agent(
+    opened: Folder, probe: Probe, effects: Effects, tmp_path: Path
+) -> None:
+    code = KEEPS_ANOTHER.replace('script + "2/', f'"{tmp_path}/')
+    with keeper_without_agent(opened.path, SID, code=code) as (pid, child):
+        until(lambda: "another" in (SYSTEM.arguments(child) or ()))
+        rival = Keeper(KeeperState.PROVEN, identity(os.getpid()))
+        seen = replace(probe.look(SID, scanned=(pid,)), rivals=(rival,))
+        done = stop(effects, seen, StopKeeper(identity(pid), at_once=True))
+        assert (done.success, done.detail) == (True, "ended by SIGKILL")
+        assert alive(child)
+
+
+def test_a_usurped_keeper_is_never_left_stopped(
+    opened: Folder, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work is broken off while its agents are ended: nobody would wake it again."""
+
+    def broken(*_: object) -> list[Target]:
+        raise OSError(errno.EMFILE, "no descriptor is left")
+
+    monkeypatch.setattr(Effects, "_agents_of", broken)
+    with keeper_without_agent(opened.path, SID) as (pid,):
+        seen = probe.look(SID, scanned=(pid,))
+        with pytest.raises(OSError, match="no descriptor"):
+            stop(Effects(probe, LONG), seen, StopKeeper(identity(pid), at_once=True))
+        until(lambda: not alive(pid))
 
 
 def test_a_keeper_that_can_end_its_agent_itself_is_left_to_it(

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import NODE_KEEPER, bare_socket, dead_pid, identity, root, until
+from conftest import NODE_KEEPER, SINK, bare_socket, dead_pid, end_all, identity, root, until
 from stand_ins import NOBODY, ending, keeper_without_agent, kill, listening, running, spawn
 
 from reconciler.folder import Answer, Folder, Peer
@@ -19,9 +21,10 @@ from reconciler.identity import NOBODY as NO_KEEPER
 from reconciler.identity import NOT_ASKED, Asked, Identity
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM
+from reconciler.probe import Probe
 from reconciler.processes import DEAD, HIDDEN, LINUX, Facts
 from reconciler.spawning import OUR_KEEPER
-from reconciler.state import KeeperState, Listening
+from reconciler.state import Desired, KeeperState, Listening, Policy, Verdict, decide
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 SOCKET = f"{SID}.rpc.sock"
@@ -378,3 +381,25 @@ def test_a_keeper_that_ends_is_nobody_at_once(manager: KeeperManager, who: Ident
     assert who.identify(SID, pid) == NO_KEEPER
     assert not who.proves_keeper(SID, process)
     until(lambda: who.connect(SID) == Asked(Listening.REFUSED))
+
+
+def test_a_socket_that_was_linked_from_another_folder_makes_nobody_a_keeper(
+    folder: Path,
+) -> None:
+    """Ours holds its own folder; of others the path that was bound tells the folder."""
+    with contextlib.ExitStack() as held:
+        for make in (OUR_KEEPER, ("node", str(NODE_KEEPER))):
+            home = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="pi-")))
+            there = home / ".pi" / "dashboard" / "sessions"
+            there.mkdir(parents=True, mode=0o700)
+            held.callback(end_all, there)
+            manager = KeeperManager(there, keeper_command=make)
+            keeper = asyncio.run(manager.spawn(SID, agent_command=SINK)).keeper_pid
+            os.link(there / f"{SID}.rpc.sock", folder / f"{SID}.rpc.sock")
+            with Folder(folder) as opened:
+                who = Identity(opened)
+                seen = Probe(opened).look(SID)
+                assert not who.proves_keeper(SID, identity(keeper))
+            assert seen.keeper.state is not KeeperState.PROVEN
+            assert decide(seen, Desired.ABSENT, Policy()).verdict is Verdict.UNVERIFIABLE
+            (folder / f"{SID}.rpc.sock").unlink()

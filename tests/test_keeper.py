@@ -641,12 +641,9 @@ async def test_another_keeper_that_finds_itself_second_goes_and_leaves_the_first
     second = asyncio.create_task(node_manager.spawn(sid, agent_command=SINK))
     await happens((folder / f"keeper-launch-{sid}.log").exists, "the second is on its way")
     listener = socket.socket(socket.AF_UNIX)  # the first: this very process
-    (folder / "aside").mkdir()
-    bound = folder / "aside" / f"{sid}.rpc.sock"
-    listener.bind(str(bound))
+    listener.bind(str(folder / f"{sid}.rpc.sock"))
     listener.listen()
     with listener:
-        bound.rename(folder / bound.name)
         (folder / f"{sid}.rpc.sock.pid").write_text(str(os.getpid()))
         with pytest.raises(AlreadyRunningError):
             await second
