@@ -273,7 +273,7 @@ main()
         ("link", "Link.send", ("write", "demo", LINE)),
         ("link", "Link.send", ("write", "demo", LINE, "--key", "k")),
         ("exchanges", "keyed", ("write", "demo", LINE, "--key", "k")),
-        ("waiting", "_wait_blocking", ("write", "demo", LINE)),
+        ("link", "Link.finish", ("write", "demo", LINE)),
         ("spawning", "_told", ("spawn", "second", "--env", f"S={OPTION}", "--", "cat", ARGUMENT)),
         ("spawning", "_run", ("spawn", "second", "--env", f"S={OPTION}", "--", "cat", ARGUMENT)),
         ("probe", "Probe.look", ("run", "--once", "--log-level", "debug", "--log-form", "json")),
