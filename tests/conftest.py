@@ -176,7 +176,8 @@ def end_all(folder: Path) -> None:
             continue
         logs = [p.stat() for p in folder.glob("keeper-*.log") if p.is_file() and not p.is_symlink()]
         files = {(s.st_dev, s.st_ino) for s in (status, *logs)}
-        if SYSTEM.holds(pid, files):
+        home = SYSTEM.variable(pid, "PI_DASHBOARD_HOME")  # of one whose files were deleted
+        if SYSTEM.holds(pid, files) or home == str(folder.parents[2]):
             for child in (*(SYSTEM.children(pid) or ()), pid):
                 try:
                     os.kill(child, signal.SIGKILL)
