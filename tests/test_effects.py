@@ -24,11 +24,12 @@ from stand_ins import (
     usurper,
 )
 
+from reconciler import processes
 from reconciler.effects import Done, Effects
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.ladder import Ladder, end
-from reconciler.layout import KEEPER_PROGRAM, Role, file_name
+from reconciler.layout import FOLDER_MARKER, KEEPER_PROGRAM, SESSION_MARKER, Role, file_name
 from reconciler.probe import Probe
 from reconciler.processes import DEAD, LINUX, SYSTEM, Facts, Target
 from reconciler.state import (
@@ -44,8 +45,10 @@ from reconciler.state import (
     Policy,
     Rebind,
     Remove,
+    Stop,
     StopAgent,
     StopKeeper,
+    StopLeftovers,
     Verdict,
     decide,
 )
@@ -81,7 +84,7 @@ def judge(seen: Observation, desired: Desired = Desired.AS_FOUND) -> Plan:
     return decide(seen, desired, NOW)
 
 
-def stop(effects: Effects, seen: Observation, action: StopKeeper | StopAgent) -> Done:
+def stop(effects: Effects, seen: Observation, action: Stop) -> Done:
     return asyncio.run(effects.stop(seen, action))
 
 
@@ -673,3 +676,59 @@ def test_a_pid_that_was_truly_recycled(folder: Path) -> None:
     )
     assert done.stderr == ""
     assert done.stdout == "[] not proven any more, not signalled True\n"
+
+
+# What a session has left over.
+
+MARKED = "print(os.getpid(), flush=True); signal.pause()"
+DEAF_AND_MARKED = "signal.signal(signal.SIGTERM, lambda *_: None); print(os.getpid(), flush=True)"
+CHANGES = (
+    "signal.signal(signal.SIGTERM, lambda *_: os.execve('/bin/sleep', ['sleep', '600'], {}));"
+    "print(os.getpid(), flush=True); signal.pause()"
+)
+
+
+def markers(opened: Folder) -> dict[str, str]:
+    return {SESSION_MARKER: SID, FOLDER_MARKER: "{}:{}".format(*opened.key)}
+
+
+def test_leftovers_are_ended_all_at_once_and_told_by_their_ends(
+    opened: Folder, probe: Probe
+) -> None:
+    env = markers(opened)
+    with (
+        running(MARKED, env=env) as (first,),
+        running(MARKED, env=env) as (second,),
+        running(f"{DEAF_AND_MARKED}\nwhile True: signal.pause()", env=env) as (deaf,),
+        running(CHANGES, env=env) as (changed,),
+    ):
+        action = StopLeftovers(tuple(map(identity, (first, deaf, second, changed))))
+        done = stop(Effects(probe, SHORT), probe.look(SID), action)
+        assert sorted(done.detail.split(", ")) == [
+            "1 ended by SIGKILL",
+            "1 not proven any more",
+            "2 ended by SIGTERM",
+            "not signalled",
+        ]
+        assert not done.success
+        assert [alive(pid) for pid in (first, deaf, second, changed)] == [False, False, False, True]
+
+
+def test_leftovers_for_which_no_descriptor_is_left_wait_for_the_next_look(
+    opened: Folder, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = markers(opened)
+    real = processes.open_pidfd
+    with running(MARKED, env=env) as (first,), running(MARKED, env=env) as (second,):
+
+        def scarce(pid: int, *arguments: int) -> int | None:
+            if pid == second:
+                raise OSError(errno.EMFILE, "no descriptor is left")
+            return real(pid, *arguments)
+
+        monkeypatch.setattr(processes, "open_pidfd", scarce)
+        action = StopLeftovers((identity(first), identity(second)))
+        done = stop(Effects(probe, LONG), probe.look(SID), action)
+        told = "1 ended by SIGTERM, 1 not held yet, too many at once"
+        assert (done.success, done.detail) == (False, told)
+        assert [alive(first), alive(second)] == [False, True]
