@@ -140,22 +140,22 @@ class Reconciler:
         try:
             self._serve_folder()
             self._refuse_second()
+            self._watcher = SessionsWatcher(
+                self.manager.sessions_dir, self._hint_from_thread, self._on_unwatchable
+            )
         except BaseException:
             self._close()
             raise
-        self._watcher = SessionsWatcher(
-            self.manager.sessions_dir, self._hint_from_thread, self._on_unwatchable
-        )
         self._log.info(
             "reconciler.started", folder=str(self.manager.sessions_dir), dry_run=self.dry_run
         )
-        self._watcher.start()
+        self._start_watching()
         self._hint(LOOK_AT_ALL, AT_ONCE)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """End the loop. Keepers, agents and files are left as they are."""
-        self._watcher.stop()
+        self._stop_watching()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -305,6 +305,22 @@ class Reconciler:
         now = time.monotonic()
         for key in keys:
             self._hints.add(key, now)
+        self._wake()
+
+    def _start_watching(self) -> None:
+        self._watcher.start()
+        if self._watcher.descriptor is not None:
+            self._loop.add_reader(self._watcher.descriptor, self._read_events)
+
+    def _stop_watching(self) -> None:
+        if self._watcher.descriptor is not None:
+            self._loop.remove_reader(self._watcher.descriptor)
+        self._watcher.stop()
+
+    def _read_events(self) -> None:
+        now = time.monotonic()
+        for sid in self._watcher.read():
+            self._hints.add(sid, now)
         self._wake()
 
     def _on_exit(self, sid: str, _: ProcessId) -> None:

@@ -105,12 +105,16 @@ class Folder:
         """
         self.path = path
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._client: socket.socket | None = None
         status = os.fstat(self.fd)
         self.key = (status.st_dev, status.st_ino)
         self.remote = _filesystem_of(status.st_dev) in NETWORK_FILESYSTEMS
 
     def close(self) -> None:
         """Close the descriptor, and with it any lock on the folder. May be called twice."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -179,10 +183,10 @@ class Folder:
         except FileNotFoundError:
             return None
 
-    def socket_entry(self, name: str, now: float) -> Entry:
-        """Look at a name under which a socket should stand."""
+    def socket_entry(self, name: str, now: float, status: os.stat_result | None = None) -> Entry:
+        """Look at a name under which a socket should stand; ``status``: as it was just seen."""
         try:
-            status = self.status(name)
+            status = status or self.status(name)
         except OSError as error:
             return Entry(EntryKind.UNKNOWN, now, detail=f"cannot look at it ({error.strerror})")
         if status is None:
@@ -191,10 +195,10 @@ class Folder:
             return Entry(EntryKind.HOSTILE, now, detail=hostile)
         return Entry(EntryKind.SOCKET, now, file_id(status))
 
-    def pid_entry(self, name: str, now: float) -> Entry:
+    def pid_entry(self, name: str, now: float, status: os.stat_result | None = None) -> Entry:
         """Look at a name under which a pid file should stand, and read it."""
         try:
-            status = self.status(name)
+            status = status or self.status(name)
             if status is None:
                 return Entry(EntryKind.ABSENT, now)
             if hostile := _hostile(status, stat.S_IFREG):
@@ -222,20 +226,25 @@ class Folder:
         Never waits. On Linux the inode is pinned first, so a link put under the name is
         not followed, and a path over the 108 bytes of ``sun_path`` is no matter.
         """
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-            client.setblocking(False)
-            try:
-                with self.address(name) as address:
-                    client.connect(address)
-            except BlockingIOError:
-                return Peer(Answer.BUSY)
-            except ConnectionRefusedError:
-                return Peer(Answer.REFUSED)
-            except FileNotFoundError:
-                return Peer(Answer.GONE)
-            except OSError:
-                return Peer(Answer.CANNOT_TELL)
+        client = self._unused_client()
+        try:
+            with self.address(name) as address:
+                client.connect(address)
+        except OSError as error:
+            if isinstance(error, ConnectionRefusedError) and sys.platform == "linux":
+                self._client = client  # as good as new: most who are asked are dead
+            else:
+                client.close()
+            return Peer(_said(error))
+        with client:
             return _peer(client, name, self.key)
+
+    def _unused_client(self) -> socket.socket:
+        client, self._client = self._client, None
+        if client is None:
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            client.setblocking(False)
+        return client
 
     @contextlib.contextmanager
     def address(self, name: str) -> Iterator[str]:
@@ -251,6 +260,19 @@ class Folder:
             yield f"/proc/self/fd/{descriptor}"
         finally:
             os.close(descriptor)
+
+
+def _said(error: OSError) -> Answer:
+    """What a failed connect says of who listens."""
+    match error:
+        case BlockingIOError():
+            return Answer.BUSY
+        case ConnectionRefusedError():
+            return Answer.REFUSED
+        case FileNotFoundError():
+            return Answer.GONE
+        case _:
+            return Answer.CANNOT_TELL
 
 
 def file_id(status: os.stat_result, text: bytes = b"") -> FileId:

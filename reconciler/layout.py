@@ -54,6 +54,25 @@ CLAIM = (Role.SOCKET, Role.AGENT_PID_FILE, Role.PID_FILE)
 goes last, since what it says is what condemns the others."""
 
 
+_LOGS_AND_NOTES = {
+    Role.KEEPER_LOG: ("keeper-", ".log"),
+    Role.LAUNCH_LOG: ("keeper-launch-", ".log"),
+    Role.LEAVE: ("keeper-", ".leave"),
+}
+_NAMES = {
+    **_LOGS_AND_NOTES,
+    Role.SOCKET: ("", ".rpc.sock"),
+    Role.PID_FILE: ("", ".rpc.sock.pid"),
+    Role.AGENT_PID_FILE: ("", ".rpc.sock.pi-pid"),
+}
+_WINDOWS_NAMES = {
+    **_LOGS_AND_NOTES,
+    Role.PID_FILE: ("pi-rpc-", ".pid"),
+    Role.AGENT_PID_FILE: ("pi-rpc-", ".pi-pid"),
+}
+_NO_NAME = ("/", "/")  # no name has it
+
+
 def check_sid(sid: str) -> str:
     """Give ``sid`` back when it can be a part of a file name.
 
@@ -106,22 +125,11 @@ def file_name(role: Role, sid: str, platform: str = sys.platform) -> str:
     Raises:
         ValueError: for the socket on Windows, which is a pipe and has no file.
     """
-    windows = platform == "win32"
-    match role:
-        case Role.KEEPER_LOG:
-            return f"keeper-{sid}.log"
-        case Role.LAUNCH_LOG:
-            return f"keeper-launch-{sid}.log"
-        case Role.LEAVE:
-            return f"keeper-{sid}.leave"
-        case Role.PID_FILE:
-            return f"pi-rpc-{sid}.pid" if windows else f"{sid}.rpc.sock.pid"
-        case Role.AGENT_PID_FILE:
-            return f"pi-rpc-{sid}.pi-pid" if windows else f"{sid}.rpc.sock.pi-pid"
-        case Role.SOCKET if windows:
-            raise ValueError("on Windows the socket is a named pipe, it has no file")
-        case Role.SOCKET:
-            return f"{sid}.rpc.sock"
+    try:
+        before, after = (_WINDOWS_NAMES if platform == "win32" else _NAMES)[role]
+    except KeyError:
+        raise ValueError("on Windows the socket is a named pipe, it has no file") from None
+    return before + sid + after
 
 
 def socket_address(folder: Path, sid: str, platform: str = sys.platform) -> str:
@@ -129,19 +137,6 @@ def socket_address(folder: Path, sid: str, platform: str = sys.platform) -> str:
     if platform == "win32":
         return rf"\\.\pipe\pi-rpc-{sid}"
     return str(folder / file_name(Role.SOCKET, sid, platform))
-
-
-_ENDINGS = {
-    "posix": (
-        (".rpc.sock", Role.SOCKET),
-        (".rpc.sock.pid", Role.PID_FILE),
-        (".rpc.sock.pi-pid", Role.AGENT_PID_FILE),
-    ),
-    "windows": (
-        (".pid", Role.PID_FILE),
-        (".pi-pid", Role.AGENT_PID_FILE),
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,19 +152,19 @@ def parse_name(name: str, platform: str = sys.platform) -> ParsedName | None:
 
     A name with one of our endings whose rest is no valid session id is not ours.
     """
+    if name.startswith("."):
+        return None
     if name.startswith("keeper-") and name.endswith(".leave"):
         return _parsed(Role.LEAVE, name[len("keeper-") : -len(".leave")])
     if name.startswith("keeper-") and name.endswith(".log"):
         launch = name.startswith("keeper-launch-")
         sid = name[len("keeper-launch-" if launch else "keeper-") : -len(".log")]
         return _parsed(Role.LAUNCH_LOG if launch else Role.KEEPER_LOG, sid)
-    windows = platform == "win32"
-    prefix = "pi-rpc-" if windows else ""
-    if not name.startswith(prefix):
-        return None
-    for ending, role in _ENDINGS["windows" if windows else "posix"]:
-        if name.endswith(ending):
-            return _parsed(role, name[len(prefix) : -len(ending)])
+    names = _WINDOWS_NAMES if platform == "win32" else _NAMES
+    for role in CLAIM:
+        before, after = names.get(role, _NO_NAME)
+        if name.endswith(after) and name.startswith(before):
+            return _parsed(role, name[len(before) : -len(after)])
     return None
 
 

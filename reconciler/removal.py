@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from reconciler.folder import Answer, Folder
+from reconciler.folder import Answer, Folder, file_id
 from reconciler.layout import Role, claims, file_name
 from reconciler.processes import SYSTEM, Life
 from reconciler.state import Entry, EntryKind, FileId
@@ -113,11 +113,12 @@ def _birth_lock(folder: Folder, sid: str) -> Iterator[bool]:
 
 
 def _take(folder: Folder, name: str, judged: FileId, socket: str) -> Fate:
-    here = _look(folder, name)
-    if not here.present:
+    here = folder.status(name)
+    if here is None:
         return Fate.GONE
     hidden = _hidden_name(name)
-    if here.file != judged or folder.status(hidden) is not None:
+    # What it says is read only once it was caught: then nobody changes it by its name.
+    if file_id(here, judged.text) != judged or folder.status(hidden) is not None:
         return Fate.CHANGED
     try:
         os.rename(name, hidden, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
@@ -143,8 +144,8 @@ def _look(folder: Folder, name: str) -> Entry:
     """The entry as a look would see it, by the kind that stands there."""
     status = folder.status(name)
     if status is not None and stat.S_ISSOCK(status.st_mode):
-        return folder.socket_entry(name, 0.0)
-    return folder.pid_entry(name, 0.0)
+        return folder.socket_entry(name, 0.0, status)
+    return folder.pid_entry(name, 0.0, status)
 
 
 def _in_use(folder: Folder, hidden: str, caught: Entry, socket: str) -> bool:

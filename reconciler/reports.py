@@ -6,6 +6,7 @@ told once; a quiet world tells nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ class Reporter:
             self._tell(self._log.info, "session.planned", seen, plan, actions=actions)
         elif plan.verdict in _TOLD_ONCE and not plan.actions and not seen.leave:
             self._tell(self._log.warning, _TOLD_ONCE[plan.verdict], seen, plan)
-        else:
+        elif self._log.is_enabled_for(logging.DEBUG):  # what nobody reads is not put together
             self._tell(self._log.debug, "session.seen", seen, plan)
 
     def done(self, seen: Observation, plan: Plan, done: Done, since_exit: float | None) -> None:

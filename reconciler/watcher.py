@@ -6,6 +6,10 @@ kernel's queue overflows, and stops for good when the folder is removed. Here a 
 is absent, removed, moved or made again is ordinary life: the chain of folders above it is
 watched too, for their own moving and removal, and for what is missing to appear.
 
+There, events are read by the owner's event loop, and not by a thread: whoever removes files
+makes events, and a thread that reads them at once would take the interpreter from the very
+work that made them.
+
 Nobody acts on what an event says: it only names where to look.
 """
 
@@ -23,7 +27,6 @@ from typing import Final
 
 from watchdog.events import (
     DirCreatedEvent,
-    FileClosedEvent,
     FileSystemEvent,
     FileSystemEventHandler,
 )
@@ -43,9 +46,14 @@ class SessionsWatcher:
 
     Args:
         folder: the path to watch.
-        hint: called with each hint, from a thread of the watcher.
+        hint: called with hints, from a thread of the watcher.
         complain: called with the reason when the folder cannot be watched; the resync
             then has to do.
+
+    Where `descriptor` is one, its owner calls `read` in one thread whenever it is readable.
+
+    Raises:
+        OSError: no descriptor is left.
     """
 
     def __init__(
@@ -55,10 +63,23 @@ class SessionsWatcher:
         self._handler = _Handler(hint)
         self._complain = complain
         self._observer: BaseObserver | None = None
+        self._events = _Events()
+
+    @property
+    def descriptor(self) -> int | None:
+        """Readable when `read` has something to tell, until `stop` is called.
+
+        None elsewhere than on Linux: all hints come from threads there.
+        """
+        return self._events.descriptor
+
+    def read(self) -> frozenset[str]:
+        """The sessions that events have named; never waits."""
+        return self._events.read()
 
     def start(self) -> None:
         """Begin to watch. All that happens from now on brings a hint."""
-        self._observer = _observer(self._complain)
+        self._observer = _observer(self._events, self._complain)
         self._observer.schedule(self._handler, str(self._folder), recursive=False)
         self._observer.start()
 
@@ -68,6 +89,7 @@ class SessionsWatcher:
             self._observer.stop()
             self._observer.join()
             self._observer = None
+        self._events.close()
 
     def recheck(self) -> None:
         """Make sure that what is watched is what the path leads to now (for the resync)."""
@@ -131,15 +153,57 @@ if sys.platform == "linux":
     """The existing folders from the root down: device, inode, and whose they are: mode, owner,
     and whether we may read it. What others may do there decides whether it is acted upon."""
 
-    class _Inotify(InotifyFD):
-        """Tells of changed mounts, too: they bring no event, and lead a path elsewhere.
+    class _Events:
+        """The events of all inotify instances, read in one place; changed mounts, too.
 
-        Gives its descriptors back even if its thread never came to read, or it failed.
+        These bring no event, and lead a path elsewhere.
+        """
+
+        def __init__(self) -> None:
+            self.on_mounts: Callable[[], None] = _nothing
+            self.named: set[str] = set()
+            self._inotifies: dict[int, _Inotify] = {}
+            self._mounts = -1
+            self._epoll = select.epoll()
+            self.descriptor: int | None = self._epoll.fileno()
+            with contextlib.suppress(OSError):  # without it the resync has to do
+                self._mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
+                self._epoll.register(self._mounts, select.EPOLLPRI)
+
+        def close(self) -> None:
+            self._epoll.close()
+            if self._mounts >= 0:
+                os.close(self._mounts)
+                self._mounts = -1
+
+        def add(self, descriptor: int, inotify: _Inotify) -> None:
+            self._inotifies[descriptor] = inotify
+            self._epoll.register(descriptor, select.EPOLLIN)
+
+        def drop(self, descriptor: int) -> None:
+            """Before it is closed: its number may be another's at once."""
+            if self._inotifies.pop(descriptor, None):
+                self._epoll.unregister(descriptor)
+
+        def read(self) -> frozenset[str]:
+            for descriptor, _ in self._epoll.poll(0):
+                if descriptor == self._mounts:
+                    self.on_mounts()
+                elif inotify := self._inotifies.get(descriptor):
+                    inotify.tell()
+            named = frozenset(self.named)
+            self.named.clear()
+            return named
+
+    class _Inotify(InotifyFD):
+        """One inotify instance, without the thread that would read it.
+
+        Gives its descriptors back even if it failed half made.
         """
 
         _inotify_fd = -1
 
-        def __init__(self, on_mounts: Callable[[], None]) -> None:
+        def __init__(self, events: _Events) -> None:
             try:
                 super().__init__()
             except OSError:  # its own descriptor may have been the last one
@@ -147,25 +211,22 @@ if sys.platform == "linux":
                     os.close(self._inotify_fd)
                 raise
             self._is_reading = False
-            self._on_mounts = on_mounts
-            self._waiting = select.poll()
-            self._waiting.register(self._inotify_fd, select.POLLIN)
-            self._waiting.register(self._kill_r, select.POLLIN)
-            self._mounts = -1
-            with contextlib.suppress(OSError):  # without it the resync has to do
-                self._mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
-                self._waiting.register(self._mounts, select.POLLPRI)
+            self._events = events
+            events.add(self._inotify_fd, self)
+
+        def tell(self) -> None:
+            """Read what there is, once, and tell whom it concerns."""
+            for event in self.read_events():
+                self.handle_event(event)
 
         def _check_inotify_fd(self) -> bool:
-            ready = {descriptor for descriptor, _ in self._waiting.poll()}
-            if self._mounts in ready:
-                self._on_mounts()
-            return self._inotify_fd in ready
+            return self._poller is not None and any(
+                descriptor == self._inotify_fd for descriptor, _ in self._poller.poll(0)
+            )
 
         def _close_resources(self) -> None:
+            self._events.drop(self._inotify_fd)
             super()._close_resources()
-            if self._mounts >= 0:
-                os.close(self._mounts)
 
     class _Laid:
         """One laying of the chain: an inotify instance and what its watches mean."""
@@ -173,14 +234,13 @@ if sys.platform == "linux":
         def __init__(self, emitter: _FolderEmitter, chain: Chain) -> None:
             self.emitter = emitter
             self.chain = chain
-            self._inotify = _Inotify(emitter.recheck)
+            self._inotify = _Inotify(emitter.events)
             self._current = True
             try:
                 self._add_watches(emitter.path)
             except OSError:
                 self._inotify.stop()
                 raise
-            self._inotify.start()
 
         def _add_watches(self, target: str) -> None:
             watched: set[tuple[int, int]] = set()
@@ -192,7 +252,7 @@ if sys.platform == "linux":
                 watched.add((device, inode))
                 link: _FolderAbove
                 if path == target:
-                    mask, link = _ENTRIES, _SessionsFolder(self, path)
+                    mask, link = _ENTRIES, _SessionsFolder(self)
                 else:
                     child = os.fsencode(Path(target).parts[depth])
                     mask, link = self._mask(depth), _FolderAbove(self, child)
@@ -213,7 +273,6 @@ if sys.platform == "linux":
         def stop(self) -> None:
             self._current = False
             self._inotify.stop()
-            self._inotify.join()
 
     class _FolderAbove:
         """A watch on a folder above: its own fate, and that of the next one in the chain."""
@@ -240,15 +299,11 @@ if sys.platform == "linux":
     class _SessionsFolder(_FolderAbove):
         """The watch on the sessions folder itself."""
 
-        def __init__(self, laid: _Laid, path: str) -> None:
-            super().__init__(laid)
-            self._path = path
-
         def on_event(self, event: InotifyEvent) -> None:
             if not event.name:
                 super().on_event(event)
-            elif claims(name := os.fsdecode(event.name)):
-                self._laid.emitter.queue_event(FileClosedEvent(os.path.join(self._path, name)))
+            elif sid := claims(os.fsdecode(event.name)):
+                self._laid.emitter.events.named.add(sid)
 
         def on_queue_overflow(self) -> None:
             self._laid.emitter.ask_for_all()
@@ -256,8 +311,7 @@ if sys.platform == "linux":
     class _FolderEmitter(EventEmitter):
         """Watches the folder's entries and the chain above it, straight from the kernel.
 
-        Its own thread sleeps until the chain may have changed, and lays it anew. Events of
-        entries go to the observer's queue from the thread that reads them.
+        Its own thread sleeps until the chain may have changed, and lays it anew.
         """
 
         def __init__(
@@ -267,10 +321,13 @@ if sys.platform == "linux":
             *,
             timeout: float = 1.0,
             event_filter: list[type[FileSystemEvent]] | None = None,
+            events: _Events,
             complain: Callable[[str], None] = lambda _: None,
         ) -> None:
             super().__init__(event_queue, watch, timeout=timeout, event_filter=event_filter)
             self.path = str(watch.raw_path)  # its ``path`` is another one where a file stands
+            self.events = events
+            events.on_mounts = self.recheck
             self._complain = complain
             self._changed = threading.Event()
             self._lock = threading.Lock()
@@ -348,13 +405,24 @@ if sys.platform == "linux":
             chain.append((str(path), status.st_dev, status.st_ino, rights))
         return tuple(chain)
 
-    def _observer(complain: Callable[[str], None]) -> BaseObserver:
-        return BaseObserver(_FolderEmitter, complain=complain)
+    def _observer(events: _Events, complain: Callable[[str], None]) -> BaseObserver:
+        return BaseObserver(_FolderEmitter, events=events, complain=complain)
 
 else:
 
-    def _observer(complain: Callable[[str], None]) -> BaseObserver:
+    class _Events:
+        """Nothing is read here: all hints come from the observer's thread."""
+
+        descriptor: int | None = None
+
+        def close(self) -> None:
+            pass
+
+        def read(self) -> frozenset[str]:
+            return frozenset()
+
+    def _observer(events: _Events, complain: Callable[[str], None]) -> BaseObserver:
         from watchdog.observers import Observer  # noqa: PLC0415 - Linux does without it
 
-        del complain
+        del events, complain
         return Observer()
