@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from reconciler.effects import Done
@@ -70,6 +70,9 @@ has ended by then, and one scan does for many that end together."""
 LOOK_FOR_LEFTOVERS = "+"
 """The hint to scan for leftovers; no session id can be this."""
 
+LOOK_AT_PROCESSES = "&"
+"""The hint to scan for what no file tells of; no session id can be this."""
+
 _ENOUGH_SCANS = 3
 _OVER = frozenset({Verdict.ABSENT, Verdict.MISSING, Verdict.LEFTOVERS})
 
@@ -116,6 +119,7 @@ class Reconciler:
         self._folder: Served | None = None
         self._complaint = ""
         self._suspects: dict[str, Suspects] = {}
+        self._wishes: set[str] = set()
         self._unneeded: dict[str, int] = {}
         self._retries = Retries()
         self._failures = Retries()
@@ -354,8 +358,8 @@ class Reconciler:
             while (key := self._hints.take(now := time.monotonic())) is not None:
                 if key == LOOK_AT_ALL:
                     self._look_at_all()
-                elif key == LOOK_FOR_LEFTOVERS:
-                    self._look_for_leftovers()
+                elif key in {LOOK_FOR_LEFTOVERS, LOOK_AT_PROCESSES}:
+                    self._look_at_processes(key)
                 else:
                     self._reconcile(key)
                 if now > end:
@@ -496,21 +500,23 @@ class Reconciler:
         task.add_done_callback(self._tasks.discard)
 
     async def _find_all(self, served: Served) -> None:
-        """Find all sessions: first the names in the folder, then what only a scan can find."""
+        """Find all sessions: first the names in the folder, then what only a scan can find.
+
+        The scan waits in the queue behind all that was found by then: it runs beside the loop,
+        and would take the interpreter from it.
+        """
         try:
-            wishes = await self._list(served)
-            suspects = await self._scan(served)
-            if not self._may_not_act():
-                self._forget_wishes(served.folder, wishes - suspects.marked.keys())
+            self._wishes = await self._list(served)
+            self._hint(LOOK_AT_PROCESSES, time.monotonic())
         except OSError as error:
             self._tell_half_read(served, error)
 
-    def _forget_wishes(self, folder: Folder, unneeded: set[str]) -> None:
+    def _forget_wishes(self, folder: Folder, marked: Collection[str]) -> None:
         """Drop notes about leftovers once several scans in a row have found none.
 
         One scan can miss a process that is between a fork and an exec.
         """
-        sids = unneeded - self.sessions.keys()
+        sids = self._wishes.difference(marked, self.sessions)
         self._unneeded = {sid: self._unneeded.get(sid, 0) + 1 for sid in sids}
         for sid, scans in self._unneeded.items():
             if scans >= _ENOUGH_SCANS:
@@ -546,20 +552,22 @@ class Reconciler:
                 self._hint(sid, time.monotonic())
         return suspects
 
-    def _look_for_leftovers(self) -> None:
-        """Sessions have ended: scan for what they left behind, off the way to clean."""
+    def _look_at_processes(self, key: str) -> None:
+        """Scan for what ended sessions have left, or for all that no file tells of."""
         if self._folder is None:
-            self._hints.release(LOOK_FOR_LEFTOVERS)
+            self._hints.release(key)
         else:
-            self._begin(self._find_leftovers(self._folder))
+            self._begin(self._find_by_processes(key, self._folder))
 
-    async def _find_leftovers(self, served: Served) -> None:
+    async def _find_by_processes(self, key: str, served: Served) -> None:
         try:
-            await self._scan(served)
+            suspects = await self._scan(served)
+            if key == LOOK_AT_PROCESSES and not self._may_not_act():
+                self._forget_wishes(served.folder, suspects.marked.keys())
         except OSError as error:
             self._tell_half_read(served, error)
         finally:
-            self._hints.release(LOOK_FOR_LEFTOVERS)
+            self._hints.release(key)
             self._wake()
 
     def _tell_half_read(self, served: Served, error: OSError) -> None:
