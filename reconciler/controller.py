@@ -391,14 +391,15 @@ class Reconciler:
         self._exits.follow(sid, seen.watched)
         if plan.again_after is not None:
             self._hints.add(sid, seen.now + plan.again_after)
+        may_act = not (plan.actions and self._may_not_act())
         if news:
-            self._reporter.judged(seen, plan, acting=not self._may_not_act())
+            self._reporter.judged(seen, plan, acting=may_act)
         if not plan.actions:
             self._rest(sid, plan)
             if plan.verdict in _OVER and _was_alive(row):
                 self._hints.add(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
             return False
-        if self._may_not_act() or not self._may_try(sid, plan):
+        if not may_act or not self._may_try(sid, plan):
             return False
         return self._act(seen, plan, served)
 

@@ -228,8 +228,7 @@ class Folder:
         """
         client = self._unused_client()
         try:
-            with self.address(name) as address:
-                client.connect(address)
+            self._connect(client, name)
         except OSError as error:
             if isinstance(error, ConnectionRefusedError) and sys.platform == "linux":
                 self._client = client  # as good as new: most who are asked are dead
@@ -246,18 +245,17 @@ class Folder:
             client.setblocking(False)
         return client
 
-    @contextlib.contextmanager
-    def address(self, name: str) -> Iterator[str]:
-        """An address to connect to for the socket that stands under ``name`` now."""
+    def _connect(self, client: socket.socket, name: str) -> None:
+        """Connect to the socket that stands under ``name`` now."""
         if sys.platform != "linux":
-            yield str(self.path / name)
+            client.connect(str(self.path / name))
             return
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(name, flags, dir_fd=self.fd)
         try:
             if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK), name)
-            yield f"/proc/self/fd/{descriptor}"
+            client.connect(f"/proc/self/fd/{descriptor}")
         finally:
             os.close(descriptor)
 

@@ -148,6 +148,7 @@ if sys.platform == "linux":
     # A folder that somebody holds open, as we do, gives no notice of its own removal; and a
     # link never gives one when it is turned elsewhere.
     _OURS = CallbackId(1)
+    _BUFFER = 64 * 1024  # bytes of events read at once, so some 1,000: 5 ms of the loop
 
     Chain = tuple[tuple[str, int, int, tuple[int, int, bool]], ...]
     """The existing folders from the root down: device, inode, and whose they are: mode, owner,
@@ -185,6 +186,11 @@ if sys.platform == "linux":
             if self._inotifies.pop(descriptor, None):
                 self._epoll.unregister(descriptor)
 
+        def entry(self, name: bytes) -> None:
+            """Something has happened to an entry of the sessions folder."""
+            if sid := claims(os.fsdecode(name)):
+                self.named.add(sid)
+
         def read(self) -> frozenset[str]:
             for descriptor, _ in self._epoll.poll(0):
                 if descriptor == self._mounts:
@@ -201,6 +207,8 @@ if sys.platform == "linux":
         Gives its descriptors back even if it failed half made.
         """
 
+        entries = WatchDescriptor(-1)
+        """The watch on the sessions folder itself."""
         _inotify_fd = -1
 
         def __init__(self, events: _Events) -> None:
@@ -211,18 +219,22 @@ if sys.platform == "linux":
                     os.close(self._inotify_fd)
                 raise
             self._is_reading = False
+            os.set_blocking(self._inotify_fd, False)
             self._events = events
             events.add(self._inotify_fd, self)
 
         def tell(self) -> None:
             """Read what there is, once, and tell whom it concerns."""
-            for event in self.read_events():
-                self.handle_event(event)
+            for wd, mask, cookie, name in self._parse_event_buffer(self._read()):
+                if name and wd == self.entries:  # by far the most, so by the shortest way
+                    self._events.entry(name)
+                else:
+                    self.handle_event(InotifyEvent(wd, mask, cookie, name))
 
-        def _check_inotify_fd(self) -> bool:
-            return self._poller is not None and any(
-                descriptor == self._inotify_fd for descriptor, _ in self._poller.poll(0)
-            )
+        def _read(self) -> bytes:
+            with self._lock, contextlib.suppress(BlockingIOError):  # who closes takes it, too
+                return b"" if self._closed else os.read(self._inotify_fd, _BUFFER)
+            return b""
 
         def _close_resources(self) -> None:
             self._events.drop(self._inotify_fd)
@@ -256,7 +268,9 @@ if sys.platform == "linux":
                 else:
                     child = os.fsencode(Path(target).parts[depth])
                     mask, link = self._mask(depth), _FolderAbove(self, child)
-                self._inotify.add_callback(os.fsencode(path), mask, link, _OURS)
+                wd = self._inotify.add_callback(os.fsencode(path), mask, link, _OURS)
+                if path == target:
+                    self._inotify.entries = wd
 
         def _mask(self, depth: int) -> Mask:
             """What to ask of a folder above: the more, the less its child tells itself."""
@@ -297,13 +311,7 @@ if sys.platform == "linux":
             self._laid.changed()
 
     class _SessionsFolder(_FolderAbove):
-        """The watch on the sessions folder itself."""
-
-        def on_event(self, event: InotifyEvent) -> None:
-            if not event.name:
-                super().on_event(event)
-            elif sid := claims(os.fsdecode(event.name)):
-                self._laid.emitter.events.named.add(sid)
+        """The watch on the sessions folder itself; its entries are told of elsewhere."""
 
         def on_queue_overflow(self) -> None:
             self._laid.emitter.ask_for_all()
