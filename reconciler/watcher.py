@@ -155,27 +155,49 @@ if sys.platform == "linux":
     and whether we may read it. What others may do there decides whether it is acted upon."""
 
     class _Events:
-        """The events of all inotify instances, read in one place; changed mounts, too.
+        """The descriptors of a watcher, opened before it starts: who has none cannot watch.
 
-        These bring no event, and lead a path elsewhere.
+        The events of all inotify instances are read in one place, by the owner. Changed mounts
+        bring no event, and lead a path elsewhere: the emitter waits for them, as it does for
+        the bell that asks it to look at the chain.
         """
 
         def __init__(self) -> None:
-            self.on_mounts: Callable[[], None] = _nothing
             self.named: set[str] = set()
             self._inotifies: dict[int, _Inotify] = {}
-            self._mounts = -1
             self._epoll = select.epoll()
             self.descriptor: int | None = self._epoll.fileno()
+            try:
+                self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            except OSError:
+                self._epoll.close()
+                raise
+            self._mounts = -1
+            self._waiting = select.poll()
+            self._waiting.register(self._bell, select.POLLIN)
             with contextlib.suppress(OSError):  # without it the resync has to do
                 self._mounts = os.open("/proc/self/mounts", os.O_RDONLY | os.O_CLOEXEC)
-                self._epoll.register(self._mounts, select.EPOLLPRI)
+                self._waiting.register(self._mounts, select.POLLPRI)
 
         def close(self) -> None:
+            if self.descriptor is None:
+                return
+            self.descriptor = None
             self._epoll.close()
+            os.close(self._bell)
             if self._mounts >= 0:
                 os.close(self._mounts)
-                self._mounts = -1
+
+        def ring(self) -> None:
+            """End the wait that is under way, or the next one."""
+            os.eventfd_write(self._bell, 1)
+
+        def wait(self) -> bool:
+            """Wait for the bell or for changed mounts; whether the bell was rung."""
+            ready = {descriptor for descriptor, _ in self._waiting.poll()}
+            if self._bell in ready:
+                os.eventfd_read(self._bell)
+            return self._bell in ready
 
         def add(self, descriptor: int, inotify: _Inotify) -> None:
             self._inotifies[descriptor] = inotify
@@ -193,9 +215,7 @@ if sys.platform == "linux":
 
         def read(self) -> frozenset[str]:
             for descriptor, _ in self._epoll.poll(0):
-                if descriptor == self._mounts:
-                    self.on_mounts()
-                elif inotify := self._inotifies.get(descriptor):
+                if inotify := self._inotifies.get(descriptor):
                     inotify.tell()
             named = frozenset(self.named)
             self.named.clear()
@@ -335,9 +355,7 @@ if sys.platform == "linux":
             super().__init__(event_queue, watch, timeout=timeout, event_filter=event_filter)
             self.path = str(watch.raw_path)  # its ``path`` is another one where a file stands
             self.events = events
-            events.on_mounts = self.recheck
             self._complain = complain
-            self._changed = threading.Event()
             self._lock = threading.Lock()
             self._laid: _Laid | None = None
             self._complaint = ""
@@ -346,25 +364,27 @@ if sys.platform == "linux":
             self._lay()
 
         def on_thread_stop(self) -> None:
-            self._changed.set()
+            self.rearm()
             with self._lock:
                 if self._laid is not None:
                     self._laid.stop()
 
         def queue_events(self, timeout: float) -> None:
             del timeout
-            self._changed.wait()
-            self._changed.clear()
-            self._lay()
+            if self.events.wait() or self._leads_elsewhere():
+                self._lay()
 
         def rearm(self) -> None:
             """The chain may have changed: lay it anew, in the emitter's thread."""
-            self._changed.set()
+            self.events.ring()
 
         def recheck(self) -> None:
             """Lay the chain anew if the path leads elsewhere than when it was laid."""
-            if self._laid is None or self._laid.chain != _chain(self.path):
+            if self._leads_elsewhere():
                 self.rearm()
+
+        def _leads_elsewhere(self) -> bool:
+            return self._laid is None or self._laid.chain != _chain(self.path)
 
         def ask_for_all(self) -> None:
             """Events may have been lost."""

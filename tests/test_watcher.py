@@ -387,7 +387,9 @@ def until_laid(it: Watched) -> None:
     """Wait until the emitter's thread has done what it was asked for, and sleeps again."""
     assert it.watcher._observer is not None
     (emitter,) = it.watcher._observer.emitters
-    until(lambda: not emitter._changed.is_set(), "it woke up")  # type: ignore[attr-defined]
+    bell = select.poll()
+    bell.register(emitter.events._bell, select.POLLIN)  # type: ignore[attr-defined]
+    until(lambda: not bell.poll(0), "it woke up")
     with emitter._lock:  # type: ignore[attr-defined]
         return
 
