@@ -80,6 +80,7 @@ def environment(folder: Path) -> dict[str, str]:
     home = str(folder.parents[2])
     return {
         **os.environ,
+        "PYTHONDONTWRITEBYTECODE": "",  # as installed: nobody compiles it at every start
         "HOME": home,
         "XDG_CONFIG_HOME": home,
         "PYTHONPATH": str(ROOT),
