@@ -7,19 +7,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from tenacity import (
-    retry_if_exception_type,
-    stop_after_attempt,
-    stop_any,
-    stop_before_delay,
-    wait_chain,
-    wait_fixed,
-    wait_none,
-)
 
 from reconciler import layout
 from reconciler.deliveries import (
@@ -168,6 +158,16 @@ class Exchange:
 
     def retrying(self, deadline: float) -> dict[str, Any]:
         """What tenacity is to do, the same for both faces."""
+        from tenacity import (  # noqa: PLC0415 - only who tries again needs it
+            retry_if_exception_type,
+            stop_after_attempt,
+            stop_any,
+            stop_before_delay,
+            wait_chain,
+            wait_fixed,
+            wait_none,
+        )
+
         policy = self._desk.policy
         waits = policy.backoff if Switches.backoff else ()
         return {
@@ -382,6 +382,24 @@ class Exchange:
         starts = (self._taken_end, *self._ends)[:-1]
         unsent = sum(start >= handed for start in starts)
         return self._refused + max(0, unsent - self._sending)
+
+
+class Again:
+    """A script whose first try was made: it fails as that did, and then runs anew.
+
+    So tenacity counts, waits and stops as if it had seen the first try itself.
+    """
+
+    def __init__(self, failure: TransientError, script: Callable[[float], Script[None]]) -> None:
+        self._failure: AttemptError | None = _forgotten(failure)
+        self._script = script
+
+    def __call__(self, deadline: float) -> Script[None]:
+        """Run it, as tenacity asks for it."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        yield from self._script(deadline)
 
 
 def _forgotten(failure: AttemptError) -> AttemptError:
