@@ -13,8 +13,8 @@ import posixpath
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
 
 MAX_SID_LENGTH = 90
 """Bytes. ``<sid>.rpc.sock`` must fit into ``sun_path`` when bound relative to the
@@ -139,8 +139,7 @@ def socket_address(folder: Path, sid: str, platform: str = sys.platform) -> str:
     return str(folder / file_name(Role.SOCKET, sid, platform))
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedName:
+class ParsedName(NamedTuple):
     """What a file name says. ``sid`` is always a valid session id."""
 
     role: Role
@@ -178,8 +177,7 @@ def claims(name: str, platform: str = sys.platform) -> str | None:
     return parsed.sid if parsed and parsed.role in CLAIM else None
 
 
-@dataclass(frozen=True, slots=True)
-class KeeperArguments:
+class KeeperArguments(NamedTuple):
     """What a keeper's command line says: the program's base name and the session id."""
 
     program: str

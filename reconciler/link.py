@@ -13,8 +13,8 @@ import struct
 import termios
 import threading
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from reconciler import layout
 from reconciler.deliveries import Reason
@@ -246,8 +246,7 @@ def _queued(sock: socket.socket) -> int:
 # -- Connecting: nobody but this session's keeper -----------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(NamedTuple):
     """The process that listens.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from typing import Final, TypeAlias
 
@@ -95,6 +94,8 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _json(message: Mapping[str, object]) -> bytes:
+    import json  # noqa: PLC0415 - a line that is one already does without
+
     problem = "it nests too deep"
     try:
         text = json.dumps(dict(message), separators=(",", ":"), allow_nan=False)

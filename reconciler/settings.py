@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from reconciler.ladder import Ladder
@@ -24,8 +23,7 @@ class SettingsError(Exception):
     """A settings file that cannot be used: which file, which key, what was found."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(NamedTuple):
     """What a settings file says, as the rooms take it.
 
     ``config/pi-reconciler.toml`` explains each value.

@@ -15,14 +15,21 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 from reconciler.deliveries import Reason, WritePolicy
 
 if TYPE_CHECKING:
     import asyncio
+    from typing import Protocol
+
+    class Turn(Protocol):
+        """What is waited for where another is first."""
+
+        def granted_or(self, wake: Callable[[], object]) -> bool:
+            """Whether it has come; else ``wake`` is called when it does, by any thread."""
+
 
 T = TypeVar("T")
 
@@ -43,15 +50,7 @@ class Moment(enum.Enum):
     RECEIPT = "receipt"
 
 
-class Turn(Protocol):
-    """What is waited for where another is first."""
-
-    def granted_or(self, wake: Callable[[], object]) -> bool:
-        """Whether it has come; else ``wake`` is called when it does, by any thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(NamedTuple):
     """Wait for the socket (to be writable when sending, else readable) or for a turn."""
 
     moment: Moment
