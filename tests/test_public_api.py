@@ -197,6 +197,12 @@ def test_client_commands_import_nothing_of_the_daemon(demo: Path, command: str) 
     assert found <= {"asyncio", "click", "msgspec", "psutil"}
 
 
+def test_the_daemon_imports_nothing_that_draws_encrypts_or_exposes(folder: Path) -> None:
+    modules = modules_after(COMMAND, "run", "--once", "--sessions-dir", str(folder))
+    assert not packages(modules) & {"rich", "ssl", "prometheus_client", "platformdirs"}
+    assert {"asyncio", "structlog", "watchdog"} <= packages(modules)
+
+
 def test_help_imports_no_room_that_works() -> None:
     modules = modules_after(
         "from reconciler.cli import cli\n"
