@@ -22,8 +22,8 @@ folder: 104 bytes with the final NUL on macOS (108 on Linux), less ``.rpc.sock``
 
 _SID = re.compile(rf"(?!launch-)[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_SID_LENGTH - 1}}}", re.ASCII)
 
-KEEPER_PROGRAM = Path(__file__).with_name("keeper_process.py")
-"""Our keeper. It is run by path and imported by nobody."""
+KEEPER_PROGRAM = Path(__file__).parent / "launcher" / "keeper_process.py"
+"""Our keeper, as it is run: by path, from its bytecode. No room imports it."""
 
 
 SESSION_MARKER = "PI_RECONCILER_SESSION"

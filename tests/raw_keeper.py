@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-PROGRAM = HERE.parent / "reconciler" / "keeper_process.py"
+SOURCE = HERE.parent / "reconciler" / "keeper_process.py"
+PROGRAM = SOURCE.parent / "launcher" / SOURCE.name
 PYTHON = [sys.executable, "-I", "-S"]
 AGENTS = HERE / "agents"
 SID = "8c2c7f0e-2a4b-4c57-9d63-3f6f3f1f2a10"

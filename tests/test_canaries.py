@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAM, SINK, WAIT, alive, bare_socket, dead_pid, until
+from raw_keeper import SOURCE
 
 import reconciler
 from reconciler.errors import InvalidRequestError
@@ -319,7 +320,7 @@ def test_a_failure_within_an_event_loop_tells_no_values(outlets: Outlets) -> Non
 
 
 def test_a_failure_of_the_keeper_tells_no_values(outlets: Outlets, tmp_path: Path) -> None:
-    text = KEEPER_PROGRAM.read_text()
+    text = SOURCE.read_text()
     place = "    def _remember(self, connection: Connection) -> None:\n"
     assert place in text
     failing = tmp_path / KEEPER_PROGRAM.name

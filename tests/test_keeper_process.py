@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -24,6 +25,7 @@ from raw_keeper import (
     PROGRAM,
     PYTHON,
     SID,
+    SOURCE,
     Session,
     alive,
     into,
@@ -437,7 +439,7 @@ def test_keeper_between_bind_and_listen(session: Session, out: Path) -> None:
 
 def keeper_module() -> Any:  # noqa: ANN401 - nobody imports it
     """The keeper's code, for what can only be seen from the inside."""
-    spec = importlib.util.spec_from_file_location("keeper_process", PROGRAM)
+    spec = importlib.util.spec_from_file_location("keeper_process", SOURCE)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -1135,3 +1137,53 @@ def test_no_descriptors_left(session: Session, out: Path) -> None:
             client.close()
         assert session.send(b"again\n")
     until(lambda: out.read_bytes() == b"in spite of them\nagain\n")
+
+
+# How it is run: from its bytecode, where that can be kept.
+
+NO_SID = "exactly one session id is needed"
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """Another installation of the keeper: the folder of its source."""
+    place = tmp_path / "installed"
+    (place / "launcher").mkdir(parents=True)
+    shutil.copy(SOURCE, place)
+    shutil.copy(PROGRAM, place / "launcher")
+    return place
+
+
+def said_at_start(place: Path) -> str:
+    program = place / "launcher" / PROGRAM.name
+    run = subprocess.run([*PYTHON, str(program)], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    return run.stderr
+
+
+def test_the_keeper_is_compiled_once(installed: Path) -> None:
+    assert NO_SID in said_at_start(installed)
+    (cached,) = (installed / "__pycache__").iterdir()
+    before = cached.stat()
+    assert NO_SID in said_at_start(installed)
+    assert cached.stat().st_mtime_ns == before.st_mtime_ns
+    assert not (installed / "launcher" / "__pycache__").exists()
+
+
+def test_a_keeper_that_was_changed_is_compiled_anew(installed: Path) -> None:
+    said_at_start(installed)
+    source = installed / SOURCE.name
+    source.write_text(source.read_text().replace(NO_SID, "another text"))
+    assert "another text" in said_at_start(installed)
+
+
+def test_a_cache_that_cannot_be_kept_is_done_without(installed: Path) -> None:
+    (installed / "__pycache__").touch()  # root may write into any folder, but not into a file
+    assert NO_SID in said_at_start(installed)
+
+
+def test_nothing_beside_the_keeper_stands_in_for_the_standard_library(installed: Path) -> None:
+    for name in ("json", "socket", "os", "contextlib", "site", "usercustomize"):
+        (installed / f"{name}.py").write_text("raise SystemExit('not the real one')\n")
+        (installed / "launcher" / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+    assert NO_SID in said_at_start(installed)

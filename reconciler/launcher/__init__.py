@@ -1,0 +1,1 @@
+"""What is run, by path, for a keeper of ours."""
