@@ -47,6 +47,10 @@ _PIECE = 1 << 18
 # Bytes that are written to a file at once: each write gives the interpreter's lock away. A pipe
 # is given PIPE_BUF at most: no other's line comes within that.
 
+_GATHER = 0.005
+# Seconds between two writes: in a flood of lines the thread would else take the interpreter from
+# who makes them, line by line.
+
 _LINGER = 1.0
 # Seconds without a line after which the thread that writes ends: a new one costs 50 us.
 
@@ -195,6 +199,7 @@ class _Writer:
             if self._size and not self._running:
                 self._start()
             self._hurried = True
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not self._size, seconds)
             self._hurried = False
             return self._count
@@ -208,6 +213,10 @@ class _Writer:
                 self._size -= size
                 if self._hurried:
                     self._changed.notify_all()
+                self._changed.wait_for(self._presses, _GATHER)
+
+    def _presses(self) -> bool:
+        return self._hurried or self._size > BACKLOG // 2
 
     def _next(self) -> list[bytes]:
         """Whole lines, as many as are written at once; none once none came for a while."""
