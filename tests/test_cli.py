@@ -745,16 +745,26 @@ def test_a_second_run_on_the_folder_is_refused_in_one_line_that_names_the_first(
 def test_run_cleans_after_a_keeper_that_was_killed_and_tells_how_fast(cli: Cli) -> None:
     pid = cli.spawn("a")
     with cli.started("run", stdout=subprocess.PIPE) as daemon:
-        lines_of(daemon, "reconciler.started")
-        # Before the first look nobody waits for the keeper's exit; a later session's clean
-        # tells that the look has been.
-        stale_pair(cli.folder, "old")
-        lines_of(daemon, "session.cleaned")
+        until(lambda: waits_for(daemon.pid, pid), "the daemon waits for the keeper's exit")
         os.kill(pid, signal.SIGKILL)
         cleaned = lines_of(daemon, "session.cleaned")[-1]
     assert (cleaned["sid"], cleaned["keeper_pid"], cleaned["reason"]) == ("a", pid, "keeper dead")
     assert cleaned["since_exit_ms"] >= 0
     assert cleaned["duration_ms"] >= 0
+
+
+def waits_for(watcher: int, pid: int) -> bool:
+    """Whether a process holds a pidfd of another one."""
+    infos = Path(f"/proc/{watcher}/fdinfo")
+    held = [text for name in os.listdir(infos) if (text := text_of(infos / name))]
+    return any(line.split() == ["Pid:", str(pid)] for text in held for line in text.splitlines())
+
+
+def text_of(path: Path) -> str:
+    """What a file says; nothing, once it is gone."""
+    with contextlib.suppress(OSError):
+        return path.read_text()
+    return ""
 
 
 def test_run_on_a_folder_that_is_named_in_a_roundabout_way(cli: Cli) -> None:

@@ -238,7 +238,7 @@ def test_the_daemon_cleans_while_its_output_is_a_full_pipe(folder: Path, pipe: P
         seen = b""
         while b"reconciler.stopped" not in seen:
             seen += (piece := pipe.reader.read(PAGE))
-            if len(seen) > 20_000:  # there is room now
+            if len(seen) > 12_000:  # there is room now
                 process.send_signal(signal.SIGTERM)
             assert piece, seen
         _, err = process.communicate(timeout=WAIT)

@@ -80,7 +80,7 @@ async def test_what_died_while_no_daemon_ran_is_cleaned_at_its_start(
     daemon.process = daemon._start()
     until(lambda: {name.split(".")[0] for name in os.listdir(folder) if claims(name)} == {"lives"})
     until(lambda: not any(map(alive, agents)), "their agents are dead")
-    assert daemon.of("agent.stopped", "other")
+    until(lambda: daemon.of("agent.stopped", "other"), "it is told")
 
 
 def test_a_second_daemon_refuses_and_names_the_first(folder: Path, daemon: Daemon) -> None:
