@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from reconciler.deliveries import (
 )
 from reconciler.lanes import Lanes, Turn
 from reconciler.link import Link, connect
-from reconciler.messages import InvalidMessageError, Message, encode, keyed
+from reconciler.messages import InvalidMessageError, Message, encode_all, keyed
 from reconciler.trust import Trust
 from reconciler.waiting import (
     AttemptError,
@@ -68,15 +68,16 @@ class Desk:
         """
         layout.check_sid(sid)
         if messages is None:
-            return Exchange(self, sid, [])
+            return Exchange(self, sid)
         if isinstance(messages, str | bytes | Mapping):
             raise InvalidMessageError("give a list of messages, this is a single one")
-        lines = [encode(message) for message in messages]
-        if not lines:
+        data, ends = encode_all(messages)
+        if not ends:
             raise InvalidMessageError("there is no message")
         if key is not None:
-            lines = [keyed(line, key) for line in lines]
-        return Exchange(self, sid, lines, key)
+            data = keyed(data, key)
+            ends = [len(data)]
+        return Exchange(self, sid, data, ends, key)
 
 
 class _Keys:
@@ -110,25 +111,30 @@ class Exchange:
         ended: what became of it, once it is over.
     """
 
-    def __init__(self, desk: Desk, sid: str, lines: list[bytes], key: str | None = None) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        sid: str,
+        data: bytes = b"",
+        ends: Sequence[int] = (),
+        key: str | None = None,
+    ) -> None:
         self.sid = sid
         self.ended: ManyDelivery | None = None
         self._desk = desk
         self._key = key
-        self._data = lines[0] if len(lines) == 1 else b"".join(lines)
+        self._data = data
         self._began = time.monotonic()
         self._tried = self._began
         self._attempts: list[Attempt] = []
         self._link: Link | None = None
         self._live = False  # an attempt is on
         self._sending = False  # a message of a stream is on its way
-        self._size = 0
+        self._size = len(data)
         self._refused = 0  # messages that never got to the connection
         self._taken = 0  # messages that the keeper has taken whole ...
         self._taken_end = 0  # ... and where the last of them ended
-        self._ends: deque[int] = deque()  # where the others end
-        for line in lines:
-            self._add(line)
+        self._ends = deque(ends)  # where the others end
 
     # For the faces.
 
@@ -349,13 +355,14 @@ class Exchange:
         return self.ended
 
     def _delivery(self, reason: Reason) -> ManyDelivery:
-        self._strike_taken()
         total = self._taken + len(self._ends) + self._refused
-        unsent = self._unsent()
-        confirmed = self._taken if self._link is not None and self._link.peer.ours else 0
         if reason in RECEIPTS:
-            confirmed = total
-        elif total and confirmed == total:
+            confirmed, unsent = total, 0
+        else:
+            self._strike_taken()
+            confirmed = self._taken if self._link is not None and self._link.peer.ours else 0
+            unsent = self._unsent()
+        if total and confirmed == total and reason not in RECEIPTS:
             reason = Reason.TAKEN
         outcome = Outcome.UNCONFIRMED
         if reason in RECEIPTS or reason is Reason.TAKEN:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import collections
 import math
+import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,11 @@ from delivery_scene import (
 )
 from delivery_scene import face as face  # noqa: PLC0414 - fixtures
 from delivery_scene import scene as scene  # noqa: PLC0414
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reconciler import layout
+from reconciler.messages import encode_all
 from reconciler.rpc_writer import (
     MAX_LINE,
     BlockingRpcWriter,
@@ -113,6 +118,31 @@ def test_refused_before_anything_is_done(
     with pytest.raises(InvalidMessageError, match=says):
         asyncio.run(RpcWriter(tmp_path).write(SID, message))
     assert len(writer._desk.lanes) == 0
+
+
+def encoded(messages: list[Message]) -> bytes | str:
+    """What all of them are on the wire, one by one; or why the first that is none is none."""
+    try:
+        return b"".join(map(encode, messages))
+    except InvalidMessageError as error:
+        return str(error)
+
+
+ODD = st.text(st.sampled_from('a{}" \t\n\r\v\f\0\x01\x1c\x85\u00e9\u2028\ud800'), max_size=4)
+PLAIN = st.text(st.sampled_from('ab{}" '), min_size=1, max_size=4).map("{0}x".format)
+
+
+@settings(max_examples=500)
+@given(st.lists(st.one_of(PLAIN, PLAIN, ODD, ODD.map("{0}x".format)), min_size=1, max_size=5))
+def test_a_batch_is_its_messages_one_by_one(messages: list[Message]) -> None:
+    told = encoded(messages)
+    if isinstance(told, str):
+        with pytest.raises(InvalidMessageError, match=re.escape(told)):
+            encode_all(messages)
+        return
+    data, ends = encode_all(messages)
+    assert data == told
+    assert [data[start:end] for start, end in pairwise([0, *ends])] == list(map(encode, messages))
 
 
 @pytest.mark.parametrize("messages", [[], "text", b"bytes", {"a": 1}])
