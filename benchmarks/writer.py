@@ -1,4 +1,4 @@
-"""Ours of the writing rows, in a process of its own: `RpcWriter`, as an application uses it.
+"""Ours of the writing rows, in a process of its own: the writers, as an application uses them.
 
 ``python -m benchmarks.writer FOLDER SID``: a number on its standard input is answered by
 ``{"each": [...], "all": ...}``, the milliseconds of each of so many writes and the seconds of
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from reconciler import Outcome, RpcWriter
+from reconciler.rpc_writer import BlockingRpcWriter, Outcome, RpcWriter
 
 LINE = '{"type":"get_state","id":"1"}'
 
@@ -27,12 +27,12 @@ def lines(count: int, size: int) -> tuple[str, ...]:
     return tuple(f'{{"id":"{n:08}","text":"{"x" * (size - frame)}"}}' for n in range(count))
 
 
-async def writes(writer: RpcWriter, sid: str, count: int) -> dict[str, object]:
+def writes(writer: BlockingRpcWriter, sid: str, count: int) -> dict[str, object]:
     each = []
     begun = time.perf_counter()
     for _ in range(count):
         start = time.perf_counter()
-        delivery = await writer.write(sid, LINE)
+        delivery = writer.write(sid, LINE)
         each.append((time.perf_counter() - start) * 1000)
         if not delivery.delivered:
             raise RuntimeError(f"a write has failed: {delivery}")
@@ -50,14 +50,14 @@ async def many(writer: RpcWriter, sid: str, count: int, size: int) -> float:
 
 
 async def main(folder: str, sid: str) -> None:
-    writer = RpcWriter(Path(folder))
+    writer, blocking = RpcWriter(Path(folder)), BlockingRpcWriter(Path(folder))
     print("ready", flush=True)
     while line := sys.stdin.readline():  # nothing else is to be done in this loop meanwhile
         match line.split():
             case ["many", count, size]:
                 print(await many(writer, sid, int(count), int(size)), flush=True)
             case [count]:
-                print(json.dumps(await writes(writer, sid, int(count))), flush=True)
+                print(json.dumps(writes(blocking, sid, int(count))), flush=True)
 
 
 if __name__ == "__main__":

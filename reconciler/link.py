@@ -278,19 +278,15 @@ class Peer(NamedTuple):
         connection.
         """
         if self.ours:
-            with (
-                contextlib.suppress(OSError, ValueError),
-                open(f"/proc/{self.pid}/io", "rb") as file,
-            ):
-                return int(file.read().split()[3])
+            with contextlib.suppress(OSError, ValueError):
+                return int(_read(f"/proc/{self.pid}/io").split()[3])
         return 0
 
 
 def _process(pid: int) -> tuple[int, bool] | None:
     """When a process started and whether it is exiting, or None when there is none."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     except OSError:
         return None
     return int(fields[19]), fields[0] in {b"Z", b"X"} or bool(int(fields[6]) & _EXITING)
@@ -298,26 +294,35 @@ def _process(pid: int) -> tuple[int, bool] | None:
 
 def _is_ours(pid: int, sid: str) -> bool:
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            arguments = os.fsdecode(file.read(_PIECE)).split("\0")
+        arguments = os.fsdecode(_read(f"/proc/{pid}/cmdline")).split("\0")
     except OSError:
         return False
     said = layout.keeper_arguments(arguments, frozenset({layout.KEEPER_PROGRAM.name}))
     return said is not None and said.sid == sid
 
 
+def _read(path: str) -> bytes:
+    """The beginning of a file; the buffers of ``open`` would take a tenth of a whole write."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, _PIECE)
+    finally:
+        os.close(descriptor)
+
+
 def connect(folder: Path, sid: str, patience: Patience, trust: Trust) -> Script[Link]:
     """Connect to the session's keeper, and to nobody else."""
     try:
-        with contextlib.ExitStack() as opened:
-            folder_fd = _opened(opened, folder, os.O_PATH | os.O_DIRECTORY)
-            if trust.distrust(folder_fd, folder):
+        with _Opened(folder, os.O_PATH | os.O_DIRECTORY) as inside:
+            if trust.distrust(inside, folder):
                 raise FinalError(Reason.UNTRUSTED_FOLDER)
-            address = _address(opened, folder_fd, sid)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
-                yield from _accepted(sock, address, patience)
-                return Link(sock, _checked_peer(sock, folder_fd, sid))
+                name = layout.file_name(layout.Role.SOCKET, sid)
+                with _Opened(name, os.O_PATH | os.O_NOFOLLOW, inside) as pinned:
+                    _check_socket(pinned)
+                    yield from _accepted(sock, f"/proc/self/fd/{pinned}", patience)
+                return Link(sock, _checked_peer(sock, inside, sid))
             except BaseException:
                 sock.close()
                 raise
@@ -325,24 +330,26 @@ def connect(folder: Path, sid: str, patience: Patience, trust: Trust) -> Script[
         raise _failure_of(error) from None
 
 
-def _opened(
-    stack: contextlib.ExitStack, path: str | Path, flags: int, folder: int | None = None
-) -> int:
-    descriptor = os.open(path, flags | os.O_CLOEXEC, dir_fd=folder)
-    stack.callback(os.close, descriptor)
-    return descriptor
+class _Opened:
+    """A descriptor, for as long as the block lasts."""
+
+    def __init__(self, path: str | Path, flags: int, folder: int | None = None) -> None:
+        self._descriptor = os.open(path, flags | os.O_CLOEXEC, dir_fd=folder)
+
+    def __enter__(self) -> int:
+        return self._descriptor
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
 
 
-def _address(opened: contextlib.ExitStack, folder_fd: int, sid: str) -> str:
-    """Pin the socket's inode: no link is followed, and no path is too long for the kernel."""
-    name = layout.file_name(layout.Role.SOCKET, sid)
-    descriptor = _opened(opened, name, os.O_PATH | os.O_NOFOLLOW, folder_fd)
+def _check_socket(descriptor: int) -> None:
+    """The socket's inode is held: no link was followed, and no path is too long to connect to."""
     status = os.fstat(descriptor)
     if not stat.S_ISSOCK(status.st_mode):
         raise FinalError(Reason.NOT_A_SOCKET)
     if status.st_uid != os.geteuid():
         raise FinalError(Reason.WRONG_USER)
-    return f"/proc/self/fd/{descriptor}"
 
 
 def _accepted(sock: socket.socket, address: str, patience: Patience) -> Script[None]:
@@ -377,15 +384,15 @@ def _named_pid(folder_fd: int, sid: str) -> int:
     """The pid in the session's pid file; nothing is followed, nothing blocks."""
     name = layout.file_name(layout.Role.PID_FILE, sid)
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
-    with contextlib.ExitStack() as opened:
-        try:
-            descriptor = _opened(opened, name, flags, folder_fd)
-        except FileNotFoundError:
-            raise TransientError(Reason.NO_PID_FILE) from None
-        except OSError as error:
-            if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket or a device
-                raise FinalError(Reason.BAD_PID_FILE) from None
-            raise
+    try:
+        opened = _Opened(name, flags, folder_fd)
+    except FileNotFoundError:
+        raise TransientError(Reason.NO_PID_FILE) from None
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket or a device
+            raise FinalError(Reason.BAD_PID_FILE) from None
+        raise
+    with opened as descriptor:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise FinalError(Reason.BAD_PID_FILE)
