@@ -41,11 +41,11 @@ def writes(stage: Stage) -> Values:
 
     The clock starts before each call and stops when it returns, in the writing process, which
     is warm. ``ours``: `reconciler.sync.RpcWriter.write` to a keeper of ours, which returns with
-    the receipt that the line is in the agent's input (the face for asyncio takes a third more). ``node``: a write to the Node keeper by the
-    dashboard's rules, which returns once the line is with the kernel. The rates are those of
-    the same batches, what lies between two calls included. A batch begins once all four are at
-    rest: a write without a receipt leaves its keeper with work that is not in its figure, and
-    must not be in ours.
+    the receipt that the line is in the agent's input (the face for asyncio takes a third more).
+    ``node``: a write to the Node keeper by the dashboard's rules, which returns once the line is
+    with the kernel. The rates are those of the same batches, what lies between two calls
+    included. A batch begins once all four are at rest: a write without a receipt leaves its
+    keeper with work that is not in its figure, and must not be in ours.
     """
     folder = stage.folder()
     values: dict[str, list[float]] = {"ours": [], "node": [], "ours_rate": [], "node_rate": []}
