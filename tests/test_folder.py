@@ -226,6 +226,21 @@ def test_ask_where_nobody_listens(opened: Folder) -> None:
     assert opened.ask(NAME) == Peer(Answer.REFUSED)
 
 
+def test_ask_one_after_the_other(opened: Folder) -> None:
+    """What a dead one has refused asks the next: that costs no answer and no descriptor."""
+    bare_socket(opened.path / "dead.rpc.sock")
+    assert opened.ask("dead.rpc.sock") == Peer(Answer.REFUSED)
+    before = len(descriptors())
+    with listening(opened.path, NAME) as (pid,):
+        for _ in range(3):
+            assert opened.ask("dead.rpc.sock") == Peer(Answer.REFUSED)
+            assert opened.ask("none.rpc.sock") == Peer(Answer.GONE)
+            assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
+            assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
+    assert opened.ask(NAME) == Peer(Answer.REFUSED)
+    assert len(descriptors()) == before
+
+
 def test_ask_where_nothing_is(opened: Folder) -> None:
     assert opened.ask(NAME) == Peer(Answer.GONE)
 

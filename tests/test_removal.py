@@ -175,6 +175,21 @@ def test_after_a_socket_that_has_changed_nothing_more_is_touched(
     assert claimed(opened.path) == before
 
 
+def test_a_pid_file_that_says_another_thing_and_looks_the_same_is_put_back(
+    opened: Folder, stale: Entries
+) -> None:
+    path = opened.path / PID_FILE
+    before = path.stat()
+    path.write_text("".join(reversed(path.read_text())))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    removal = remove(opened, SID, stale)
+    assert dict(removal.fates)[Role.PID_FILE] is Fate.CHANGED
+    left = claimed(opened.path)
+    assert not any(map(is_taken, left))
+    assert left[PID_FILE] == before.st_ino
+
+
 # In the middle of it somebody comes.
 
 
