@@ -200,8 +200,8 @@ if sys.platform == "linux":
             return self._bell in ready
 
         def add(self, descriptor: int, inotify: _Inotify) -> None:
-            self._inotifies[descriptor] = inotify
             self._epoll.register(descriptor, select.EPOLLIN)
+            self._inotifies[descriptor] = inotify
 
         def drop(self, descriptor: int) -> None:
             """Before it is closed: its number may be another's at once."""
@@ -241,7 +241,11 @@ if sys.platform == "linux":
             self._is_reading = False
             os.set_blocking(self._inotify_fd, False)
             self._events = events
-            events.add(self._inotify_fd, self)
+            try:
+                events.add(self._inotify_fd, self)
+            except OSError:
+                self.stop()
+                raise
 
         def tell(self) -> None:
             """Read what there is, once, and tell whom it concerns."""
