@@ -68,7 +68,7 @@ def get_logger() -> FilteringBoundLogger:
 
 
 def make_logger(
-    stream: TextIO | None, level: Level = "info", form: Form = "auto"
+    stream: TextIO | None, level: Level = "info", form: Form = "auto", *, colors: bool = True
 ) -> FilteringBoundLogger:
     """A logger of our own that leaves structlog's configuration alone.
 
@@ -77,6 +77,7 @@ def make_logger(
             start: nowhere.
         level: the lowest level that is written.
         form: ``json``, ``console``, or ``auto``: console on a terminal, JSON elsewhere.
+        colors: the console form may be coloured, where a terminal shows it.
     """
     terminal = stream is not None and stream.isatty()
     if form == "auto":
@@ -84,7 +85,7 @@ def make_logger(
     sink = _Sink(stream)
     proxy = structlog.wrap_logger(
         sink,
-        processors=[_Stamp(sink), *_form(form, colors=terminal)],
+        processors=[_Stamp(sink), *_form(form, colors=terminal and colors)],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
     )
     logger: FilteringBoundLogger = proxy.bind()  # itself: the proxy would cost at every line
@@ -97,7 +98,7 @@ def _form(form: Form, *, colors: bool) -> tuple[Any, ...]:
         return (_json,)
     console = structlog.dev.ConsoleRenderer(
         sort_keys=False,
-        colors=colors and not os.environ.get("NO_COLOR"),
+        colors=colors,
         exception_formatter=structlog.dev.plain_traceback,
     )
     return console, _utf8_line

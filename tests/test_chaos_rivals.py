@@ -21,7 +21,7 @@ from conftest import HUNG, PROGRAM, Daemon, identity, program_environment, stale
 from raw_keeper import into
 from stand_ins import ending, kill
 
-from reconciler.cli import FAILURE, NO_SUCH_SESSION
+from reconciler.console import FAILURE, NO_SUCH_SESSION
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import claims

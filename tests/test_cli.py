@@ -961,6 +961,29 @@ def test_an_interrupted_command_ends_in_one_line(cli: Cli, tmp_path: Path) -> No
     assert err == b"pi-reconciler: interrupted\n"
 
 
+def test_quiet_leaves_data_and_errors(cli: Cli) -> None:
+    cli.spawn("demo")
+    assert cli("ls", "--quiet").out.splitlines()[1].split()[:2] == ["demo", "ready"]
+    done = cli("-q", "stop", "demo")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert cli.fails(3, "stop", "demo", "-q").startswith("pi-reconciler: no session demo")
+    cli.folder.rmdir()
+    assert cli("ls").err == f"pi-reconciler: there is no folder {cli.folder}\n"
+    assert cli("ls", "-q").err == ""
+
+
+def test_debug_shows_where_any_error_came_up(cli: Cli) -> None:
+    told = subprocess.run(
+        [*PROGRAM, "--debug", "stop", "demo"],
+        env=cli.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stderr
+    assert "Traceback" in told
+    assert told.splitlines()[-1].startswith("pi-reconciler: no session demo")
+
+
 def test_a_defect_is_one_line_too_and_a_variable_shows_where(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import reconciler.layout\n"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from conftest import WAIT
 
@@ -29,7 +30,9 @@ def arguments_are_understood(arguments: list[str]) -> None:
     """The program takes these arguments: click reads them, and runs nothing."""
     program, *rest = arguments
     assert Path(program).name == "pi-reconciler"
-    cli.commands[rest[0]].make_context(rest[0], rest[1:])
+    command = cli.get_command(click.Context(cli), rest[0])
+    assert command is not None
+    command.make_context(rest[0], rest[1:])
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")

@@ -184,7 +184,11 @@ def test_write_imports_the_writer_and_little_else(demo: Path) -> None:
     modules = modules_after(COMMAND, "write", "demo", line, "--sessions-dir", str(demo))
     assert packages(modules) & HEAVY == {"click"}, "tenacity comes where a first try failed"
     assert {m for m in modules if m.startswith("reconciler.")} == {
-        f"reconciler.{room}" for room in ("cli", "errors", "layout", "settings", *WRITER)
+        f"reconciler.{room}"
+        for room in (
+            *("cli", "commands", "commands.write", "console", "errors", "layout", "settings"),
+            *WRITER,
+        )
     }
     click = modules_after("import click; click.echo()")
     assert len(modules - click) < 60, sorted(modules - click)

@@ -1,0 +1,1 @@
+"""The commands, one a room. `reconciler.cli` imports the one that is asked for."""

@@ -1,0 +1,160 @@
+"""`run`: the background process."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from reconciler.console import FAILURE, Common, fail, pass_common, seconds
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from reconciler.controller import Reconciler
+    from reconciler.metrics import Metrics
+    from reconciler.state import SessionTable
+
+
+def _address(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    """``HOST:PORT``, split."""
+    if value is None:
+        return None
+    host, _colon, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 1 << 16:
+        raise click.BadParameter(f"{value!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+@click.command(short_help="Keep the sessions folder right.")
+@click.option("--once", is_flag=True, help="Do one full pass, and end when it is through.")
+@click.option("--dry-run", is_flag=True, help="Decide and tell everything, and do nothing.")
+@click.option(
+    "--resync",
+    type=float,
+    callback=seconds,
+    metavar="SECONDS",
+    help="Time between two full looks when nothing asks for one.  [default: 60]",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="The lowest level that is logged.  [default: info]",
+)
+@click.option(
+    "--log-form",
+    type=click.Choice(["auto", "json", "console"]),
+    help="How log lines look; auto: console form on a terminal, else JSON.  [default: auto]",
+)
+@click.option(
+    "--metrics",
+    callback=_address,
+    metavar="HOST:PORT",
+    help="Expose metrics for Prometheus there, for instance 127.0.0.1:9464.  [default: off]",
+)
+@pass_common
+def run(
+    given: Common,
+    *,
+    once: bool,
+    dry_run: bool,
+    resync: float | None,
+    log_level: Any,  # noqa: ANN401 - one of click's choices
+    log_form: Any,  # noqa: ANN401 - one of click's choices
+    metrics: tuple[str, int] | None,
+) -> None:
+    """Keep the sessions folder right: the background process.
+
+    Its log goes to standard output. SIGTERM or SIGINT end it; keepers and agents live on.
+    Only one can work on a folder; with --dry-run another one may look on.
+
+    \b
+    Clean up once, and end:           pi-reconciler run --once
+    See what that would do:           pi-reconciler run --once --dry-run
+    Log and metrics for an operator:  pi-reconciler run --log-form json --metrics 127.0.0.1:9464
+    """  # noqa: D301 - click wants the real character
+    import gc
+
+    gc.disable()  # nothing that is imported here is garbage
+    with _left_out("rich", "ssl"):  # asyncio and structlog take them in, and never need them here
+        import asyncio
+
+        import structlog  # noqa: F401 - it has to be now
+    from reconciler.controller import Reconciler
+    from reconciler.logs import make_logger
+
+    settings = given.settings
+    level, form = log_level or settings.log_level, log_form or settings.log_form
+    log = make_logger(sys.stdout, level, form, colors=given.colors)
+    reconciler = Reconciler(
+        given.manager(),
+        resync=resync or settings.resync,
+        dry_run=dry_run,
+        logger=log,
+        metrics=_metrics(*metrics) if metrics else None,
+    )
+    _raise_descriptor_limit()
+    gc.freeze()  # a full collection holds the loop up: it need not walk all that was imported
+    gc.enable()
+    asyncio.run(_serve(reconciler, once=once))
+
+
+@contextlib.contextmanager
+def _left_out(*names: str) -> Iterator[None]:
+    """Have modules not found for a while by those who can do without them.
+
+    It takes a quarter off the daemon's start. Only a program may do so: in an application's
+    process they are the application's. What asks for them later gets them.
+    """
+    absent: dict[str, Any] = {name: None for name in names if name not in sys.modules}
+    sys.modules.update(absent)
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+def _metrics(host: str, port: int) -> Callable[[SessionTable], Metrics]:
+    from reconciler.metrics import Metrics
+
+    def expose(sessions: SessionTable) -> Metrics:
+        metrics = Metrics(sessions)
+        try:
+            metrics.serve(host, port)
+        except OSError as error:
+            fail(f"metrics cannot be exposed on {host}:{port}: {error.strerror}", FAILURE)
+        return metrics
+
+    return expose
+
+
+async def _serve(reconciler: Reconciler, *, once: bool) -> None:
+    import asyncio
+    import signal
+
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    async with reconciler:
+        reasons: set[asyncio.Task[Any]] = {loop.create_task(asked.wait())}
+        if once:
+            reasons.add(loop.create_task(reconciler.settled()))
+        ended, pending = await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        for task in ended:
+            task.result()
+
+
+def _raise_descriptor_limit() -> None:
+    """Each session takes two descriptors, for the exits of its keeper and its agent."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # where "no limit" is more than allowed
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

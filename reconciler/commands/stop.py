@@ -1,0 +1,95 @@
+"""`stop`: end sessions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from reconciler.console import (
+    FAILURE,
+    NO_SUCH_SESSION,
+    Common,
+    complain,
+    confirm,
+    json_option,
+    pass_common,
+    print_json,
+)
+from reconciler.errors import NoSuchSessionError, ReconcilerError
+
+if TYPE_CHECKING:
+    from reconciler.keeper import KeeperManager
+
+
+@click.command(short_help="End sessions.")
+@click.argument("sids", nargs=-1, metavar="[SID]...")
+@click.option("--all", "everything", is_flag=True, help="Stop every session that `ls` lists.")
+@click.option(
+    "--leave", is_flag=True, help="Leave alone what a session has started besides its agent."
+)
+@json_option
+@pass_common
+def stop(
+    given: Common, sids: tuple[str, ...], *, everything: bool, leave: bool, as_json: bool
+) -> None:
+    """End sessions; returns when their processes are dead and their files gone.
+
+    SIGTERM first, SIGKILL 2 s later. What is left of a dead session is removed as well. What
+    the agent has started (commands that still run, servers) ends with it; --leave keeps that,
+    until the session's id is used again.
+
+    \b
+    Two of them:                      pi-reconciler stop demo other
+    All that `ls` lists:              pi-reconciler stop --all
+    """  # noqa: D301 - click wants the real character
+    import asyncio
+
+    from reconciler.layout import check_sid
+
+    manager = given.manager()
+    if everything == bool(sids):
+        raise click.UsageError("give session ids, or --all")
+    for sid in sids:
+        check_sid(sid)
+    chosen = dict.fromkeys(sids or (finding.seen.sid for finding in manager.find()))
+    results = asyncio.run(_stop_all(manager, chosen, leave=leave))
+    if everything:  # one that has gone by itself meanwhile is no failure
+        results = [each for each in results if each[0] != NO_SUCH_SESSION]
+    if as_json:
+        print_json([result for _, result in results])
+    for code, result in results:
+        if code:
+            complain(result["error"])
+        elif not as_json:
+            others = f", with {result['leftovers']} more that it had started"
+            confirm(f"{result['sid']} stopped{others if result['leftovers'] else ''}")
+    if failed := [code for code, _ in results if code]:
+        sys.exit(NO_SUCH_SESSION if set(failed) == {NO_SUCH_SESSION} else FAILURE)
+
+
+async def _stop_all(
+    manager: KeeperManager, sids: Iterable[str], *, leave: bool
+) -> list[tuple[int, dict[str, Any]]]:
+    """Stop them all at the same time; each one's outcome, in order."""
+    import asyncio
+
+    async def one(sid: str) -> tuple[int, dict[str, Any]]:
+        try:
+            stopped = await manager.stop(sid, leave=leave)
+        except NoSuchSessionError as error:
+            return NO_SUCH_SESSION, {"sid": sid, "stopped": False, "error": str(error)}
+        except (ReconcilerError, OSError, ValueError) as error:
+            return FAILURE, {"sid": sid, "stopped": False, "error": str(error)}
+        elapsed = round(stopped.elapsed * 1000, 3)
+        return 0, {
+            "sid": sid,
+            "stopped": True,
+            "keeper_pid": stopped.keeper_pid,
+            "elapsed_ms": elapsed,
+            "leftovers": stopped.leftovers,
+        }
+
+    return list(await asyncio.gather(*map(one, sids)))

@@ -1,0 +1,184 @@
+"""`write`: lines to a session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from reconciler.console import (
+    NOT_KNOWN,
+    TRY_AGAIN,
+    Common,
+    fail,
+    json_option,
+    pass_common,
+    print_json,
+    seconds,
+)
+from reconciler.errors import NoSuchSessionError
+
+if TYPE_CHECKING:
+    from reconciler.rpc_writer import BlockingRpcWriter, Delivery, ManyDelivery
+
+
+@click.command(
+    context_settings={"allow_extra_args": True},  # told below, without repeating a prompt
+    short_help="Write lines to a session.",
+)
+@click.argument("sid")
+@click.argument("line")
+@click.option(
+    "--timeout",
+    type=float,
+    callback=seconds,
+    metavar="SECONDS",
+    help="When to give up.  [default: as the settings say, 3 attempts, 350 ms without progress]",
+)
+@click.option(
+    "--key",
+    metavar="KEY",
+    help="A name for LINE: with the same key again it is not forwarded twice.",
+)
+@json_option
+@pass_common
+def write(
+    given: Common, sid: str, line: str, timeout: float | None, key: str | None, *, as_json: bool
+) -> None:
+    """Write LINE to a session; with - the lines of standard input, in order.
+
+    Ends with 0 when all is in the agent's input, with 75 when nothing was handed over (it
+    is safe to try again), with 76 when that cannot be known, with 3 when there is no such
+    session. The lines of standard input go through one connection; blank ones are skipped.
+
+    \b
+    One command:                      pi-reconciler write demo '{"type":"get_state","id":"1"}'
+    A file of them:                   pi-reconciler write demo - < commands.jsonl
+    Safe to run again after a 76:     pi-reconciler write demo --key job-7 '{"type":"…"}'
+    """  # noqa: D301 - click wants the real character
+    from reconciler.layout import Role, check_sid, file_name
+    from reconciler.rpc_writer import BlockingRpcWriter, InvalidMessageError, WritePolicy
+
+    if click.get_current_context().args:
+        raise click.UsageError("LINE is one argument: put it in quotes, or give it with -")
+    check_sid(sid)
+    if line == "-" and key is not None:
+        raise click.UsageError("--key is for one LINE, not for standard input")
+    folder = given.folder()
+    writer = BlockingRpcWriter(folder, policy=given.settings.write or WritePolicy())
+    delivery: Delivery
+    try:
+        if line == "-":
+            delivery = _write_stdin(writer, sid, timeout)
+        else:
+            delivery = writer.write(sid, line, timeout=timeout, key=key)
+    except InvalidMessageError as error:
+        raise click.UsageError(str(error)) from error
+    if as_json:
+        print_json(_delivery(delivery))
+    if delivery.delivered:
+        return
+    claims = (Role.SOCKET, Role.PID_FILE)
+    if not any(os.path.lexists(folder / file_name(role, sid)) for role in claims):
+        raise NoSuchSessionError(f"no session {sid} in {folder}")
+    _explain(delivery, folder)
+
+
+def _write_stdin(writer: BlockingRpcWriter, sid: str, timeout: float | None) -> ManyDelivery:
+    """Write the lines of standard input; a line that is none ends it, after those before it."""
+    from reconciler.rpc_writer import InvalidMessageError, StreamBrokenError
+
+    number, refused = 0, ""
+    try:
+        with writer.stream(sid, timeout=timeout) as stream:
+            for number, line in enumerate(_progress(_lines()), 1):  # noqa: B007 - told below
+                if not line.strip():
+                    continue
+                try:
+                    stream.send(line, timeout=timeout)
+                except InvalidMessageError as error:
+                    refused = str(error)
+                    break
+    except StreamBrokenError as error:
+        return error.delivery
+    if stream.delivery is None:
+        raise AssertionError("a stream that has ended knows its delivery")
+    if refused:
+        raise click.UsageError(
+            f"line {number} of standard input: {refused}; "
+            f"the {stream.delivery.total} before it were delivered, none after it was sent"
+        )
+    return stream.delivery
+
+
+def _lines() -> Iterator[bytes]:
+    from reconciler.rpc_writer import MAX_LINE
+
+    if sys.stdin is None:
+        raise click.UsageError("standard input is closed")
+    while line := sys.stdin.buffer.readline(MAX_LINE + 2):
+        yield line
+
+
+def _progress(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Count the lines on the terminal, if standard error is one."""
+    if not sys.stderr.isatty():
+        yield from lines
+        return
+    with click.progressbar(lines, label="lines written", show_pos=True, file=sys.stderr) as bar:
+        yield from bar
+
+
+def _counts(delivery: Delivery) -> tuple[int, int, int]:
+    """How many messages there were, how many surely arrived, and how many surely did not."""
+    from reconciler.rpc_writer import ManyDelivery, Outcome
+
+    if isinstance(delivery, ManyDelivery):
+        return delivery.total, delivery.confirmed, delivery.unsent
+    return 1, int(delivery.delivered), int(delivery.outcome is Outcome.NOT_DELIVERED)
+
+
+def _delivery(delivery: Delivery) -> dict[str, object]:
+    total, confirmed, unsent = _counts(delivery)
+    return {
+        "sid": delivery.sid,
+        "outcome": delivery.outcome.value,
+        "reason": delivery.reason.value,
+        "total": total,
+        "confirmed": confirmed,
+        "unsent": unsent,
+        "size": delivery.size,
+        "elapsed_ms": round(delivery.elapsed * 1000, 3),
+        "attempts": [
+            {
+                "started_ms": round(attempt.started * 1000, 3),
+                "elapsed_ms": round(attempt.elapsed * 1000, 3),
+                "reason": attempt.reason.value,
+                "handed_over": attempt.handed_over,
+            }
+            for attempt in delivery.attempts
+        ],
+    }
+
+
+def _explain(delivery: Delivery, folder: Path) -> NoReturn:
+    from reconciler.rpc_writer import Outcome, Reason
+    from reconciler.trust import distrust_at
+
+    attempts = f"{len(delivery.attempts)} attempt{'s' if len(delivery.attempts) != 1 else ''}"
+    why = f"{delivery.reason.value} ({attempts})"
+    if delivery.outcome is Outcome.NOT_DELIVERED:
+        hint = ""
+        if delivery.reason is Reason.REFUSED:
+            hint = f" (nobody listens: see pi-reconciler inspect {delivery.sid})"
+        elif delivery.reason is Reason.UNTRUSTED_FOLDER:
+            hint = f" ({folder}: {distrust_at(folder)})"
+        fail(f"session {delivery.sid}: not delivered, {why}; safe to try again{hint}", TRY_AGAIN)
+    total, confirmed, unsent = _counts(delivery)
+    sure = "" if total == 1 else f" ({confirmed} of {total} lines surely were, {unsent} were not)"
+    advice = "look at the session before you send it again"
+    fail(f"session {delivery.sid}: delivery not known, {why}{sure}; {advice}", NOT_KNOWN)

@@ -1,0 +1,197 @@
+"""What the commands share: their common options, how they tell things, and how they end.
+
+Data goes to standard output, messages to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from reconciler.keeper import KeeperManager
+    from reconciler.settings import Settings
+
+FAILURE, USAGE, NO_SUCH_SESSION, TRY_AGAIN, NOT_KNOWN, BAD_SETTINGS = 1, 2, 3, 75, 76, 78
+"""Exit codes; 0 is success. 75 and 78 are sysexits' EX_TEMPFAIL and EX_CONFIG."""
+
+INTERRUPTED = 130
+"""What a shell expects of a program that Ctrl-C ended: 128 and the number of SIGINT."""
+
+_DAY = 86_400
+
+
+class Common(NamedTuple):
+    """What every command is given.
+
+    Attributes:
+        settings: what the settings say.
+        sessions_dir: the folder that the command line names, if it does.
+        colors: whether what a person reads may be coloured, where a terminal shows it.
+    """
+
+    settings: Settings
+    sessions_dir: Path | None
+    colors: bool = True
+
+    def manager(self) -> KeeperManager:
+        """The manager of the sessions folder, as the settings say."""
+        from reconciler.keeper import KeeperManager
+        from reconciler.spawning import OUR_KEEPER
+
+        return KeeperManager(
+            self.sessions_dir or self.settings.sessions_dir,
+            keeper_command=self.settings.keeper_command or OUR_KEEPER,
+            programs=self.settings.programs,
+            policy=self.settings.policy,
+            ladder=self.settings.ladder,
+        )
+
+    def folder(self) -> Path:
+        """The sessions folder, without what a manager imports."""
+        from reconciler.layout import sessions_dir
+
+        chosen = self.sessions_dir or self.settings.sessions_dir
+        return chosen or sessions_dir(os.environ, Path.home())
+
+
+# How commands tell things.
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with one line on standard error."""
+    complain(message)
+    sys.exit(code)
+
+
+def complain(message: str) -> None:
+    """Say what went wrong: one line on standard error, even to those who want quiet."""
+    line = message.encode(errors="backslashreplace").decode().replace("\n", " ")
+    with contextlib.suppress(OSError):  # nobody reads it: the exit code still tells
+        click.echo(f"pi-reconciler: {line}", err=True)
+
+
+def say(message: str) -> None:
+    """Say what is good to know: one line on standard error, unless --quiet is given."""
+    if not _chosen().get("quiet"):
+        complain(message)
+
+
+def confirm(message: str) -> None:
+    """Say on standard output what was done, unless --quiet is given."""
+    if not _chosen().get("quiet"):
+        click.echo(message)
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON: in lines for a terminal, else as one."""
+    import json
+
+    pretty = sys.stdout is not None and sys.stdout.isatty()
+    click.echo(json.dumps(value, indent=2 if pretty else None))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print what a person reads."""
+    click.echo("\n".join(lines))
+
+
+def close_output() -> None:
+    """Keep what could not be written from being tried again, and told of, at the very end."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+# Options.
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def seconds(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    """Check a span of time; click's own ranges let NaN pass."""
+    if value is not None and not 0 < value <= _DAY:
+        raise click.BadParameter(f"{value:g} is not above 0 and at most {_DAY} seconds")
+    return value
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that all have, after its name as well as before it."""
+
+    def remember(ctx: click.Context, option: click.Parameter, value: Any) -> None:  # noqa: ANN401 - a path or a flag
+        chosen = ctx.ensure_object(dict)
+        given = ctx.get_parameter_source(str(option.name)) is _FROM_COMMAND_LINE
+        if value and (given or option.name not in chosen):  # a flag beats a variable
+            chosen[option.name] = value
+
+    for options, more in reversed(_OPTIONS):
+        command = click.option(*options, callback=remember, expose_value=False, **more)(command)
+    return command
+
+
+_FROM_COMMAND_LINE = click.core.ParameterSource.COMMANDLINE
+_OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    (
+        ("--sessions-dir",),
+        {
+            "type": click.Path(path_type=Path, file_okay=False),
+            "envvar": "PI_RECONCILER_SESSIONS_DIR",
+            "metavar": "DIR",
+            "help": "The sessions folder.  [default: ~/.pi/dashboard/sessions]",
+        },
+    ),
+    (
+        ("--config",),
+        {
+            "type": click.Path(path_type=Path),
+            "envvar": "PI_RECONCILER_CONFIG",
+            "metavar": "FILE",
+            "help": "The settings file.  [default: config.toml in the user's config folder]",
+        },
+    ),
+    (("-q", "--quiet"), {"is_flag": True, "help": "Say nothing but data and errors."}),
+    (("--no-color",), {"is_flag": True, "help": "No colours, as with the variable NO_COLOR."}),
+    (
+        ("--debug",),
+        {
+            "is_flag": True,
+            "envvar": "PI_RECONCILER_DEBUG",
+            "help": "Show where in the program an error came up.",
+        },
+    ),
+)
+
+
+def pass_common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Load the settings, and hand them to the command."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's callbacks
+        return command(_common(_chosen()), *args, **kwargs)
+
+    return common(run)
+
+
+def _chosen() -> dict[str, Any]:
+    """What the common options of this command line say."""
+    chosen: dict[str, Any] = click.get_current_context().ensure_object(dict)
+    return chosen
+
+
+def _common(chosen: dict[str, Any]) -> Common:
+    from reconciler.settings import SettingsError, load
+
+    colors = not (chosen.get("no_color") or os.environ.get("NO_COLOR"))
+    try:
+        return Common(load(chosen.get("config")), chosen.get("sessions_dir"), colors)
+    except SettingsError as error:
+        fail(str(error), BAD_SETTINGS)
