@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -967,14 +968,14 @@ def test_quiet_leaves_data_and_errors(cli: Cli) -> None:
     done = cli("-q", "stop", "demo")
     assert (done.code, done.out, done.err) == (0, "", "")
     assert cli.fails(3, "stop", "demo", "-q").startswith("pi-reconciler: no session demo")
-    cli.folder.rmdir()
+    shutil.rmtree(cli.folder)
     assert cli("ls").err == f"pi-reconciler: there is no folder {cli.folder}\n"
     assert cli("ls", "-q").err == ""
 
 
 def test_debug_shows_where_any_error_came_up(cli: Cli) -> None:
     told = subprocess.run(
-        [*PROGRAM, "--debug", "stop", "demo"],
+        [*PROGRAM, "--debug", "inspect", "demo"],
         env=cli.env,
         capture_output=True,
         text=True,
