@@ -12,7 +12,7 @@ JOBS ?= 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test lint format types campaign chaos tools bench fuzz mutants agent clean
+.PHONY: help run test docs lint format types campaign chaos tools bench fuzz mutants agent clean
 
 help: ## Show what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,7 +20,7 @@ help: ## Show what there is
 run: $(VENV)/.run ## Keep the sessions folder right (ARGS="--dry-run" for more)
 	$(BIN)/pi-reconciler run $(ARGS)
 
-test: $(VENV)/.test agent tools lint ## Lint, types, contracts, all tests, coverage gate
+test: $(VENV)/.test agent tools lint docs ## Lint, types, contracts, docs, all tests, coverage gate
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 	$(BIN)/coverage combine --quiet
@@ -33,6 +33,9 @@ lint: $(VENV)/.test types ## Style, and the floors of the house
 
 types: $(VENV)/.test ## Strict types
 	$(BIN)/mypy
+
+docs: $(VENV)/.test ## The pages as a site, in build/docs; a warning is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs build/docs
 
 format: $(VENV)/.test ## Put the code into its form
 	$(BIN)/ruff check --fix .
