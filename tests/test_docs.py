@@ -47,15 +47,39 @@ def environment(home: Path) -> dict[str, str]:
     return inherited | {"HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the programs are of an empty environment into which the wheel was installed."""
+    place = tmp_path_factory.mktemp("wheel")
+    python = place / "env" / "bin" / "python"
+    for command in (
+        (sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", place),
+        (sys.executable, "-m", "venv", place / "env"),
+    ):
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = place.glob("*.whl")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
+    return python.parent
+
+
 @pytest.mark.agent
-def test_the_tour(home: Path, environment: dict[str, str]) -> None:
+@pytest.mark.timeout(600)  # what the wheel needs is fetched
+@pytest.mark.parametrize("where", ["here", "installed"])
+def test_the_tour(
+    home: Path, environment: dict[str, str], where: str, request: pytest.FixtureRequest
+) -> None:
+    """What comes out is what the README shows: of this tree, and of its wheel elsewhere."""
+    programs = Path(sys.executable).parent
+    if where == "installed":
+        programs = request.getfixturevalue("installed")
+        environment["PATH"] = f"{programs}:{environment['PATH']}"
     if not (ROOT / ".tools/agent/node_modules/.bin/pi").exists():
         assert not os.environ.get("CI"), "CI must have the real agent: make agent"
         pytest.skip("the real pi agent is not installed: make agent (needs npm)")
     log = home / "run.log"
     with log.open("wb") as stdout:
         daemon = subprocess.Popen(
-            [sys.executable, "-m", "reconciler", "run"], env=environment, stdout=stdout
+            [programs / "pi-reconciler", "run"], env=environment, stdout=stdout
         )
     shell = subprocess.Popen(
         ["bash"],
@@ -69,7 +93,8 @@ def test_the_tour(home: Path, environment: dict[str, str]) -> None:
     try:
         until(lambda: "reconciler.started" in log.read_text())
         for command, said in commands():
-            printed = run(shell, command.replace("/tmp", str(home)))
+            said_to = command.replace("/tmp", str(home)).replace("$PWD/.venv/bin", str(programs))
+            printed = run(shell, said_to)
             assert plain(printed, home) == plain(said, home), command
             if command.startswith("kill"):  # a person is slower than this loop
                 until(lambda: '"session.cleaned"' in log.read_text())
