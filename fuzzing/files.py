@@ -17,10 +17,11 @@ from fuzzing.target import Check, Target, expect, pure
 from reconciler import keeper_process
 from reconciler.folder import PID_FILE_LIMIT, Folder
 from reconciler.ladder import Ladder
+from reconciler.logs import LogSettings
 from reconciler.processes import SYSTEM
 from reconciler.registry import Registry
 from reconciler.rpc_writer import WritePolicy
-from reconciler.schema import KEYS
+from reconciler.schema import KEYS, TABLES
 from reconciler.settings import Settings, SettingsError, parse
 from reconciler.state import Entry, EntryKind, Policy
 
@@ -157,8 +158,9 @@ def _judge_settings(settings: Settings) -> None:
     texts = (*settings.programs, *settings.keeper_command, *settings.agent_command)
     expect(all(type(text) is str for text in texts), f"{texts} are no texts")
     expect(settings.sessions_dir is None or isinstance(settings.sessions_dir, Path), "no path")
-    expect(settings.log_level in {"debug", "info", "warning", "error"}, "log level")
-    expect(settings.log_form in {"auto", "console", "json"}, "log form")
+    log = settings.log or LogSettings()
+    expect(log.level in {"debug", "info", "warning", "error"}, "log level")
+    expect(log.form in {"auto", "console", "json"}, "log form")
     policy = settings.policy or Policy()
     expect(policy.leftovers in {"report", "stop"}, "what is done about leftovers")
     seconds = [settings.resync]
@@ -258,8 +260,8 @@ TARGETS = (
             b"resync = 1979-05-27T07:32:00Z\n",
         ),
         (
-            *(key.encode() for key in KEYS),
-            *(b"[policy]\n", b"[ladder]\n", b"[write]\n", b"[log]\n", b"level", b"form"),
+            *(key.field.encode() for key in KEYS.values()),
+            *(f"[{table}]\n".encode() for table in TABLES),
             *(b" = ", b'""', b"nan", b"-inf", b"1e400", b"0x", b"\\u0000", b"~"),
         ),
         longest=300,

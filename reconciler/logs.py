@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import msgspec
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
 
 Level = Literal["debug", "info", "warning", "error"]
 Form = Literal["auto", "json", "console"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSettings:
+    """How the program's own log is written.
+
+    Attributes:
+        level: the lowest level that is written.
+        form: how a line looks; ``auto``: console on a terminal, JSON elsewhere.
+    """
+
+    level: Level = "info"
+    form: Form = "auto"
+
 
 LEVELS: dict[Level, int] = {
     "debug": logging.DEBUG,

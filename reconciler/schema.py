@@ -1,138 +1,192 @@
-"""What a settings file may hold: each key, and what is allowed there.
+"""What settings there are: each key, what is allowed there, and what names it goes by.
 
 The tables are the fields of the rooms' own dataclasses, so that a room's new number can be
-set at once. Imported only where there is a file to check.
+set at once, in the file and by a variable. Imported only where there is something to check.
+
+To add a key to a table: a field with a default in the room's dataclass, and the same key with a
+comment in ``config/pi-reconciler.toml``. To add a table: its dataclass in `TABLES`, and a field of
+its name in `reconciler.settings.Settings`. To have it taken at SIGHUP: its name in `AT_ONCE`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import tomllib
+import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from reconciler.ladder import Ladder
-from reconciler.logs import Form, Level
+from reconciler.logs import LogSettings
+from reconciler.ranges import Range
 from reconciler.rpc_writer import WritePolicy
-from reconciler.state import AboutLeftovers, Policy
+from reconciler.state import Policy
 
-Text = Annotated[str, msgspec.Meta(pattern="^[^\0]*$")]
-Texts = tuple[Text, ...]
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
-Pauses = tuple[Annotated[float, msgspec.Meta(ge=0, le=86_400)], ...]
-Count = Annotated[int, msgspec.Meta(ge=1, le=1_000)]
+PREFIX = "PI_RECONCILER_"
 
-_ALLOWED: Mapping[Any, str] = {
-    Text: "a text without NUL",
-    Texts: "a list of texts without NUL",
-    Seconds: "seconds above 0, 86400 at most",
-    Pauses: "a list of seconds from 0 to 86400",
-    Count: "a whole number from 1 to 1000",
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Top:
+    """The keys that stand outside of the tables, as a file says them."""
+
+    sessions_dir: str = ""
+    programs: tuple[str, ...] = ()
+    keeper_command: tuple[str, ...] = ()
+    agent_command: tuple[str, ...] = ()
+    resync: float = 60.0
+
+
+TABLES: Mapping[str, type] = {
+    "policy": Policy,
+    "ladder": Ladder,
+    "write": WritePolicy,
+    "log": LogSettings,
 }
-_OF_A_ROOM: Mapping[Any, Any] = {
-    float: Seconds,
-    int: Count,
-    tuple[float, ...]: Pauses,
-    AboutLeftovers: AboutLeftovers,
-}
+"""Every table of the file, and the dataclass that its keys are the fields of."""
 
-
-def _keys(room: type) -> dict[str, Any]:
-    """The fields of a room's dataclass, each with what a file may say there."""
-    hints = typing.get_type_hints(room)
-    return {field.name: _OF_A_ROOM[hints[field.name]] for field in dataclasses.fields(room)}
-
-
-KEYS: Mapping[str, Any] = {
-    "sessions_dir": Text,
-    "programs": Texts,
-    "keeper_command": Texts,
-    "agent_command": Texts,
-    "resync": Seconds,
-    "policy": _keys(Policy),
-    "ladder": _keys(Ladder),
-    "write": _keys(WritePolicy),
-    "log": {"level": Level, "form": Form},
-}
-"""Every key and its type; a dictionary is a table."""
+AT_ONCE = frozenset(
+    {
+        *("resync", "programs", "keeper_command", "agent_command", "log.level"),
+        *("policy", "ladder", "write"),
+    }
+)
+"""Keys, and whole tables, that a running daemon takes at SIGHUP; others wait for its next start."""
 
 _PRIVATE = frozenset({"agent_command"})
-_UNTOLD = "something else (not repeated here)"
 # Whose values no error repeats: an agent may be given a secret among its arguments.
 
 
-def read(text: bytes) -> dict[str, Any]:
-    """Read a settings file's text into the arguments of `reconciler.settings.Settings`.
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One setting.
 
-    What the file does not say is left out.
-
-    Raises:
-        ValueError: it is no TOML, or all that is wrong with its keys and values.
+    Attributes:
+        name: as it is told: ``policy.settle``.
+        kind: what msgspec checks a value by.
+        allowed: the same in words.
+        default: its value where nobody says one.
     """
-    try:
-        raw = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"this is not TOML: {error}") from error
-    except RecursionError:
-        raise ValueError("its lists or tables are nested too deep") from None
-    problems: list[str] = []
-    said = _table(raw, KEYS, "", problems)
-    if problems:
-        raise ValueError("; ".join(problems))
-    return _arguments(said)
+
+    name: str
+    kind: Any
+    allowed: str
+    default: Any
+
+    @property
+    def table(self) -> str:
+        """The table it stands in; empty for none."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def field(self) -> str:
+        """What it is called within its table."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that says it."""
+        return PREFIX + self.name.upper().replace(".", "_")
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a running daemon takes a new value at SIGHUP."""
+        return bool({self.name, self.table} & AT_ONCE)
+
+    @property
+    def private(self) -> bool:
+        """Whether its value may hold a secret, and is told to nobody but its owner."""
+        return self.name in _PRIVATE
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it holds a list; a variable says that as a JSON array."""
+        return typing.get_origin(self.kind) is tuple
 
 
-def _table(
-    raw: Mapping[str, Any], keys: Mapping[str, Any], place: str, problems: list[str]
-) -> dict[str, Any]:
-    """Take in one table; what is wrong with it is noted."""
-    said: dict[str, Any] = {}
-    for key, value in raw.items():
-        name = f"{place}{key}"
-        kind = keys.get(key)
-        if kind is None:
-            problems.append(f"{name} is no setting, allowed: {', '.join(keys)}")
-        elif isinstance(kind, Mapping):
-            if isinstance(value, dict):
-                said[key] = _table(value, kind, f"{name}.", problems)
-            else:
-                problems.append(f"{name} is {_found(value)}, allowed: a table [{name}]")
-        else:
-            try:
-                said[key] = msgspec.convert(value, kind)
-            except msgspec.ValidationError:
-                found = _UNTOLD if key in _PRIVATE else _found(value)
-                problems.append(f"{name} is {found}, allowed: {_allowed(kind)}")
-    return said
+Text = Annotated[str, msgspec.Meta(pattern="^[^\0]*$")]
+
+_SECONDS = Range(0, 86_400, "seconds", above=True)
+_COUNT = Range(1, 1_000)
+_PAUSE = Range(0, 86_400, "seconds")
+Pauses = tuple[Annotated[float, msgspec.Meta(ge=_PAUSE.low, le=_PAUSE.high)], ...]
 
 
-def _allowed(kind: Any) -> str:  # noqa: ANN401 - any type that msgspec knows
-    words = _ALLOWED.get(kind)
-    return words or f"one of {', '.join(typing.get_args(kind))}"
+def _number(kind: type, span: Range) -> Any:  # noqa: ANN401 - a type
+    if span.above:
+        return Annotated[kind, msgspec.Meta(gt=span.low, le=span.high)]
+    return Annotated[kind, msgspec.Meta(ge=span.low, le=span.high)]
 
 
-def _found(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+_KINDS: Mapping[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    str: (Text, "a text without NUL"),
+    tuple[str, ...]: (tuple[Text, ...], "a list of texts without NUL"),
+    float: (_number(float, _SECONDS), str(_SECONDS)),
+    int: (_number(int, _COUNT), str(_COUNT)),
+    tuple[float, ...]: (Pauses, f"a list of {_PAUSE}"),
+}
+"""What a plain annotation stands for; an `Annotated` one says its own `Range`."""
 
 
-_LONGEST = 60
+def _kind(hint: Any) -> tuple[Any, str]:  # noqa: ANN401 - a type
+    if typing.get_origin(hint) is Literal:
+        return hint, f"one of {', '.join(typing.get_args(hint))}"
+    if typing.get_origin(hint) is Annotated:
+        kind, span = typing.get_args(hint)
+        return _number(kind, span), str(span)
+    return _KINDS[hint]
 
 
-def _arguments(said: dict[str, Any]) -> dict[str, Any]:
-    log = said.pop("log", {})
-    arguments = said | {f"log_{key}": value for key, value in log.items()}
-    for key, room in (("policy", Policy), ("ladder", Ladder), ("write", WritePolicy)):
-        if key in said:
-            arguments[key] = room(**said[key])
-    if "programs" in said:
-        arguments["programs"] = frozenset(said["programs"])
-    if "sessions_dir" in said:
-        folder = said["sessions_dir"]
-        arguments["sessions_dir"] = Path(os.path.expanduser(folder)) if folder else None
-    return arguments
+def _keys(room: type, place: str = "") -> dict[str, Key]:
+    """The fields of a room's dataclass, each as a key."""
+    hints = typing.get_type_hints(room, include_extras=True)
+    return {
+        name: Key(name, *_kind(hints[field.name]), field.default)
+        for field in dataclasses.fields(room)
+        for name in [place + field.name]
+    }
+
+
+KEYS: Mapping[str, Key] = types.MappingProxyType(
+    _keys(Top)
+    | {
+        name: key
+        for table, room in TABLES.items()
+        for name, key in _keys(room, f"{table}.").items()
+    }
+)
+"""Every key, by its full name, in the order of the file."""
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the file: for editors, and for whoever writes such files by program."""
+    tables = {table: _struct(table, _fields(table)) for table in TABLES}
+    nested = [(table, kind, msgspec.field(default_factory=kind)) for table, kind in tables.items()]
+    made = msgspec.json.schema(_struct("settings", [*_fields(""), *nested]))
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "pi-reconciler settings",
+        "description": "The settings file of pi-reconciler, in TOML.",
+        "$ref": made["$ref"],
+        "$defs": made["$defs"],
+    }
+
+
+def _struct(title: str, fields: list[tuple[str, Any, Any]]) -> type[msgspec.Struct]:
+    return msgspec.defstruct(title, fields, forbid_unknown_fields=True, kw_only=True)
+
+
+def _fields(table: str) -> list[tuple[str, Any, Any]]:
+    return [
+        (key.field, Annotated[key.kind, msgspec.Meta(description=_described(key))], key.default)
+        for key in KEYS.values()
+        if key.table == table
+    ]
+
+
+def _described(key: Key) -> str:
+    taken = "SIGHUP" if key.at_once else "the next start"
+    return f"{key.allowed[0].upper()}{key.allowed[1:]}. Variable: {key.variable}. Taken at {taken}."

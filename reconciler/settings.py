@@ -1,32 +1,62 @@
-"""Settings: what an operator may choose, and the file that says it.
+"""Settings: what an operator may choose, in a file, by variables and by flags.
 
-Loading is cheap where there is no file: what checks one (`reconciler.schema`) is imported
+Loading is cheap where nobody says anything: what checks it (`reconciler.sources`) is imported
 when there is something to check, and the rooms that the values are for are not needed.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from reconciler.ladder import Ladder
-    from reconciler.logs import Form, Level
+    from reconciler.logs import LogSettings
     from reconciler.rpc_writer import WritePolicy
+    from reconciler.sources import Said
     from reconciler.state import Policy
 
 
+PREFIX = "PI_RECONCILER_"
+"""What every environment variable of ours begins with."""
+
+RESERVED = frozenset(
+    PREFIX + name
+    for name in (
+        *("CONFIG", "DEBUG"),  # which file; a traceback for a defect
+        *("SESSION", "FOLDER"),  # the markers that all that an agent starts inherits
+        *("CAMPAIGN", "EXAMPLES", "HISTORIES", "SEED", "SESSIONS", "SOAK", "STEPS"),  # our tests'
+    )
+)
+"""Variables of ours that are no settings. Any other one that names no key is refused."""
+
+MOST = 1 << 20
+"""Bytes of a settings file; a longer one is none."""
+
+_FOLDER = PREFIX + "SESSIONS_DIR"
+
+
 class SettingsError(Exception):
-    """A settings file that cannot be used: which file, which key, what was found."""
+    """Settings that cannot be used: which source, which key, what was found, what is allowed.
+
+    Attributes:
+        problems: each of them, as a line of its own.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
 
 
 class Settings(NamedTuple):
-    """What a settings file says, as the rooms take it.
+    """What the settings say, as the rooms take it.
 
-    ``config/pi-reconciler.toml`` explains each value.
+    ``docs/settings.md`` lists each value. A table that nobody says anything of is None: its
+    room's defaults.
 
     Attributes:
         sessions_dir: the folder, or None for the dashboard's.
@@ -34,11 +64,10 @@ class Settings(NamedTuple):
         keeper_command: what `spawn` runs; empty for our own keeper.
         agent_command: what keepers run; empty for ``pi --mode rpc``.
         resync: seconds between two full looks.
-        policy: the times that decisions depend on; None for the room's defaults.
-        ladder: how processes are ended; None for the room's defaults.
-        write: how lines are delivered; None for the room's defaults.
-        log_level: the lowest level that is logged.
-        log_form: how log lines look.
+        policy: the times that decisions depend on.
+        ladder: how processes are ended.
+        write: how lines are delivered.
+        log: how the program's own log is written.
     """
 
     sessions_dir: Path | None = None
@@ -49,8 +78,19 @@ class Settings(NamedTuple):
     policy: Policy | None = None
     ladder: Ladder | None = None
     write: WritePolicy | None = None
-    log_level: Level = "info"
-    log_form: Form = "auto"
+    log: LogSettings | None = None
+
+
+class Loaded(NamedTuple):
+    """Settings, and where each is from.
+
+    Attributes:
+        settings: as the rooms take them.
+        said: every key by its full name, with its value and who says it.
+    """
+
+    settings: Settings
+    said: Mapping[str, Said]
 
 
 def default_path(
@@ -70,32 +110,43 @@ def default_path(
     return platformdirs.user_config_path("pi-reconciler", appauthor=False) / "config.toml"
 
 
-def load(path: Path | None = None) -> Settings:
-    """Read the settings.
+def load(
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read the settings: a flag beats a variable, that beats the file, that beats the default.
 
     Args:
         path: the file. When None, the default one, which need not be there.
+        environ: the environment. A variable of ours that is neither a key's nor `RESERVED` is
+            refused; an empty one says nothing.
+        flags: what the command line says, by the keys' full names (``log.level``).
 
     Raises:
-        SettingsError: the file cannot be read, or holds something that it must not.
+        SettingsError: the file cannot be read, or something that is said must not be.
     """
-    named = path is not None
-    path = path or default_path()
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        if not named:
-            return Settings()
-        raise SettingsError(f"settings file {str(path)!r} is not there") from None
-    except OSError as error:
-        raise SettingsError(
-            f"settings file {str(path)!r} cannot be read: {error.strerror}"
-        ) from error
-    return parse(text, str(path))
+    text = _read(path)
+    variables = _ours(environ)
+    if text or flags or variables.keys() - {_FOLDER}:
+        return _made(text, path, variables, flags).settings
+    folder = variables.get(_FOLDER)  # so often set that it is read without what checks the others
+    return Settings(sessions_dir=Path(os.path.expanduser(folder)) if folder else None)
+
+
+def load_all(
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    flags: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """The same as `load`, with who says each of them."""
+    return _made(_read(path), path, _ours(environ), flags)
 
 
 def parse(text: bytes, source: str = "settings") -> Settings:
-    """Read the settings from TOML text.
+    """Read the settings from TOML text alone.
 
     Args:
         text: the file's content.
@@ -104,10 +155,62 @@ def parse(text: bytes, source: str = "settings") -> Settings:
     Raises:
         SettingsError: all that is wrong: under which key, what was found, what is allowed.
     """
-    from reconciler.schema import read  # noqa: PLC0415 - and all rooms that have settings with it
+    return _made(text, source, {}, None).settings
+
+
+def _made(
+    text: bytes,
+    path: Path | str | None,
+    variables: Mapping[str, str],
+    flags: Mapping[str, Any] | None,
+) -> Loaded:
+    from reconciler import sources  # noqa: PLC0415 - and all rooms that have settings with it
 
     try:
-        values = read(text)
-    except ValueError as error:
-        raise SettingsError(f"{source}: {error}") from error
-    return Settings(**values)
+        said = sources.gather(text, str(path or default_path()), variables, flags)
+        return Loaded(Settings(**sources.arguments(said)), said)
+    except sources.SourcesError as error:
+        raise SettingsError(str(error), map(str, error.problems)) from error
+
+
+def _ours(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that should be settings."""
+    return {
+        name: text
+        for name, text in environ.items()
+        if text and name.startswith(PREFIX) and name not in RESERVED
+    }
+
+
+def _read(path: Path | None) -> bytes:
+    """The file's content. It waits for nobody who writes into a pipe, and holds a bounded text."""
+    named = path is not None
+    path = path or default_path()
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except FileNotFoundError:
+        if not named:
+            return b""
+        raise SettingsError(f"settings file {str(path)!r} is not there") from None
+    except OSError as error:
+        raise SettingsError(_unreadable(path, error.strerror)) from error
+    try:
+        return _content(path, descriptor)
+    except OSError as error:
+        raise SettingsError(_unreadable(path, error.strerror)) from error
+    finally:
+        os.close(descriptor)
+
+
+def _content(path: Path, descriptor: int) -> bytes:
+    if str(path) != os.devnull and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise SettingsError(_unreadable(path, "it is no regular file"))
+    with open(descriptor, "rb", closefd=False) as file:
+        text = file.read(MOST + 1)
+    if len(text) > MOST:
+        raise SettingsError(_unreadable(path, f"it is longer than {MOST} bytes"))
+    return text
+
+
+def _unreadable(path: Path, why: str | None) -> str:
+    return f"settings file {str(path)!r} cannot be read: {why}"

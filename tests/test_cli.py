@@ -229,7 +229,7 @@ def test_a_settings_file_that_is_named_must_be_there(cli: Cli, tmp_path: Path) -
     told = cli.fails(78, "ls", "--config", tmp_path / "none.toml")
     assert told == f"pi-reconciler: settings file '{tmp_path}/none.toml' is not there\n"
     told = cli.fails(78, "write", "a", LINE, "--config", tmp_path)
-    assert "cannot be read: Is a directory" in told
+    assert "cannot be read: it is no regular file" in told
 
 
 # -- spawn ------------------------------------------------------------------------------

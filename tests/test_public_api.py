@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -26,7 +28,9 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-def modules_after(code: str, *arguments: str) -> set[str]:
+def modules_after(
+    code: str, *arguments: str, variables: Mapping[str, str] = MappingProxyType({})
+) -> set[str]:
     """The modules that a process has imported after some code, beside those of a bare one."""
     done = subprocess.run(
         [
@@ -39,7 +43,12 @@ def modules_after(code: str, *arguments: str) -> set[str]:
         timeout=WAIT,
         check=True,
         # Without coverage in the process: it imports modules of its own.
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(ROOT / "none")},
+        env={
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(ROOT / "none"),
+            **variables,
+        },
     )
     return set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -219,8 +228,17 @@ def test_a_settings_file_costs_only_where_there_is_one(demo: Path, tmp_path: Pat
     settings = tmp_path / "config.toml"
     settings.write_text("resync = 30\n")
     line = '{"type":"get_state","id":"1"}'
-    arguments = ["write", "demo", line, "--sessions-dir", str(demo), "--config", str(settings)]
-    assert "reconciler.schema" in modules_after(COMMAND, *arguments)
+    arguments = ["write", "demo", line, "--sessions-dir", str(demo)]
+    assert "reconciler.schema" in modules_after(COMMAND, *arguments, "--config", str(settings))
+    variable = {"PI_RECONCILER_RESYNC": "30"}
+    assert "reconciler.schema" in modules_after(COMMAND, *arguments, variables=variable)
+
+
+def test_the_variables_that_are_often_set_cost_nothing(demo: Path) -> None:
+    line = '{"type":"get_state","id":"1"}'
+    variables = {"PI_RECONCILER_SESSIONS_DIR": str(demo), "PI_RECONCILER_SESSION": "outer"}
+    modules = modules_after(COMMAND, "write", "demo", line, variables=variables)
+    assert not packages(modules) & {"msgspec", "tomllib"}
 
 
 def test_no_room_imports_the_keeper_process() -> None:

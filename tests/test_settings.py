@@ -2,18 +2,32 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import platformdirs
 import pytest
 
+from reconciler import schema
 from reconciler.ladder import Ladder
+from reconciler.logs import LogSettings
+from reconciler.ranges import Range
 from reconciler.rpc_writer import WritePolicy
-from reconciler.schema import KEYS
-from reconciler.settings import Settings, SettingsError, default_path, load, parse
+from reconciler.schema import KEYS, TABLES
+from reconciler.settings import (
+    MOST,
+    RESERVED,
+    Settings,
+    SettingsError,
+    default_path,
+    load,
+    load_all,
+    parse,
+)
+from reconciler.sources import Origin
 from reconciler.state import Policy
 
 DEFAULTS = Path(__file__).parent.parent / "config" / "pi-reconciler.toml"
@@ -29,13 +43,13 @@ def names(table: Mapping[str, Any], place: str = "") -> set[str]:
 
 
 def test_the_file_of_defaults_says_what_the_rooms_do_without_one() -> None:
-    said = load(DEFAULTS)
-    assert said == Settings(policy=Policy(), ladder=Ladder(), write=WritePolicy())
-    assert parse(b"") == Settings()
+    said = load(DEFAULTS, environ={})
+    assert said == Settings(**{table: room() for table, room in TABLES.items()})
+    assert parse(b"") == Settings() == load_all(Path(os.devnull), environ={}).settings
 
 
 def test_the_file_of_defaults_names_every_key() -> None:
-    assert names(tomllib.loads(DEFAULTS.read_text())) == names(KEYS)
+    assert names(tomllib.loads(DEFAULTS.read_text())) == set(KEYS)
 
 
 def test_every_key_of_the_file_of_defaults_is_explained() -> None:
@@ -45,9 +59,14 @@ def test_every_key_of_the_file_of_defaults_is_explained() -> None:
             assert before.startswith("#"), line
 
 
-def test_every_number_of_the_rooms_can_be_set() -> None:
-    for table, room in (("policy", Policy), ("ladder", Ladder), ("write", WritePolicy)):
-        assert list(KEYS[table]) == [field.name for field in dataclasses.fields(room)]
+def test_every_field_of_the_rooms_can_be_set() -> None:
+    for table, room in TABLES.items():
+        told = [key.field for key in KEYS.values() if key.table == table]
+        assert told == [field.name for field in dataclasses.fields(room)]
+
+
+def test_every_table_reaches_the_settings() -> None:
+    assert set(Settings._fields) == {each.partition(".")[0] for each in KEYS}
 
 
 def test_what_a_file_says_reaches_the_rooms() -> None:
@@ -79,8 +98,7 @@ def test_what_a_file_says_reaches_the_rooms() -> None:
         policy=Policy(settle=0.5),
         ladder=Ladder(term_grace=1.0),
         write=WritePolicy(attempts=1, backoff=()),
-        log_level="debug",
-        log_form="console",
+        log=LogSettings(level="debug", form="console"),
     )
 
 
@@ -122,9 +140,13 @@ SECONDS = "seconds above 0, 86400 at most"
             "policy.leftovers is 'keep', allowed: one of report, stop",
         ),
         ("policy = 3", "policy is 3, allowed: a table [policy]"),
-        ("resink = 1", "resink is no setting, allowed: sessions_dir, programs, keeper_command,"),
-        ("[log]\nlvl = 'info'", "log.lvl is no setting, allowed: level, form"),
-        ("[policies]\n", "policies is no setting, allowed: sessions_dir,"),
+        ("resink = 1", "resink is no setting (did you mean resync?), allowed: sessions_dir, prog"),
+        ("[log]\nlvl = 'x'", "log.lvl is no setting (did you mean log.level?), allowed: level,"),
+        ("[polices]\n", "polices is no setting (did you mean policy?), allowed: sessions_dir,"),
+        ("settle = 1", "settle is no setting (did you mean policy.settle?), allowed: sess"),
+        ("zzz = 1", "zzz is no setting, allowed: sessions_dir,"),
+        ('"policy.settle" = 1', "policy.settle is no setting (did you mean"),
+        ('"a\\nb" = 1', r"'a\nb' is no setting, allowed: "),
         ("resync 60", "this is not TOML: "),
         ("resync = 1\nresync = 2", "this is not TOML: "),
         (f"sessions_dir = ['{'x' * 500}']", f"sessions_dir is ['{'x' * 58}..., allowed: a text"),
@@ -159,8 +181,26 @@ def test_text_that_is_not_utf8_is_not_toml() -> None:
 def test_a_file_that_is_named_must_be_there_and_be_readable(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"settings file '.*/none.toml' is not there"):
         load(tmp_path / "none.toml")
-    with pytest.raises(SettingsError, match=r"settings file '.*' cannot be read: Is a directory"):
+    with pytest.raises(SettingsError, match=r"settings file '.*' cannot be read: it is no regular"):
         load(tmp_path)
+    closed = tmp_path / "file" / "config.toml"
+    closed.parent.write_text("")
+    with pytest.raises(SettingsError, match=r"settings file '.*' cannot be read: Not a directory"):
+        load(closed)
+
+
+def test_a_file_that_is_none_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(SettingsError, match="fifo' cannot be read: it is no regular file"):
+        load(tmp_path / "fifo")
+
+
+def test_the_length_of_a_file_is_bounded(tmp_path: Path) -> None:
+    (tmp_path / "long").write_bytes(b"#" * MOST)
+    assert load(tmp_path / "long", environ={}) == Settings()
+    (tmp_path / "long").write_bytes(b"#" * (MOST + 1))
+    with pytest.raises(SettingsError, match=f"long' cannot be read: it is longer than {MOST} byt"):
+        load(tmp_path / "long", environ={})
 
 
 def test_the_default_file_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,3 +228,134 @@ def test_the_default_file_of_linux_is_in_the_users_config_folder() -> None:
     assert default_path({}, Path("/home/u"), "linux") == Path(
         "/home/u/.config/pi-reconciler/config.toml"
     )
+
+
+# -- Variables and flags -----------------------------------------------------------------------
+
+
+def test_a_flag_beats_a_variable_that_beats_the_file_that_beats_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(
+        "resync = 1\nprograms = ['file.cjs']\n[policy]\nsettle = 1\n[log]\nlevel='error'"
+    )
+    variables = {"PI_RECONCILER_POLICY_SETTLE": "2", "PI_RECONCILER_RESYNC": "2"}
+    loaded = load_all(path, environ=variables, flags={"resync": 3.0})
+    told = {name: (said.value, said.origin, said.source) for name, said in loaded.said.items()}
+    assert told["resync"] == (3.0, Origin.FLAG, "--resync")
+    assert told["policy.settle"] == (2.0, Origin.VARIABLE, "PI_RECONCILER_POLICY_SETTLE")
+    assert told["programs"] == (("file.cjs",), Origin.FILE, str(path))
+    assert told["policy.start_grace"] == (5.0, Origin.DEFAULT, "")
+    assert told.keys() == KEYS.keys()
+    assert loaded.settings == load(path, environ=variables, flags={"resync": 3.0})
+    assert loaded.settings == Settings(
+        resync=3.0,
+        programs=frozenset({"file.cjs"}),
+        policy=Policy(settle=2.0),
+        log=LogSettings(level="error"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RESYNC": "5"}, Settings(resync=5.0)),
+        ({"RESYNC": "1e-3"}, Settings(resync=0.001)),
+        ({"RESYNC": ""}, Settings()),
+        ({"SESSIONS_DIR": "/a"}, Settings(sessions_dir=Path("/a"))),
+        ({"SESSIONS_DIR": "~/a"}, Settings(sessions_dir=Path.home() / "a")),
+        ({"SESSIONS_DIR": "/a", "RESYNC": "5"}, Settings(sessions_dir=Path("/a"), resync=5.0)),
+        ({"SESSIONS_DIR": "/\udcff"}, Settings(sessions_dir=Path("/\udcff"))),
+        ({"PROGRAMS": '["a.cjs", "b"]'}, Settings(programs=frozenset({"a.cjs", "b"}))),
+        ({"AGENT_COMMAND": '["pi"]'}, Settings(agent_command=("pi",))),
+        ({"LOG_LEVEL": "debug"}, Settings(log=LogSettings(level="debug"))),
+        ({"WRITE_BACKOFF": "[0, 0.5]"}, Settings(write=WritePolicy(backoff=(0.0, 0.5)))),
+        ({"WRITE_ATTEMPTS": "1"}, Settings(write=WritePolicy(attempts=1))),
+        ({"POLICY_LEFTOVERS": "stop"}, Settings(policy=Policy(leftovers="stop"))),
+    ],
+)
+def test_a_variable_says_what_a_file_could(variables: dict[str, str], said: Settings) -> None:
+    environ = {f"PI_RECONCILER_{name}": text for name, text in variables.items()}
+    assert load(Path(os.devnull), environ=environ) == said
+    assert load_all(Path(os.devnull), environ=environ).settings == said
+
+
+def test_every_key_has_a_variable_of_its_own() -> None:
+    variables = [key.variable for key in KEYS.values()]
+    assert len(set(variables)) == len(KEYS)
+    assert not RESERVED & set(variables)
+
+
+def test_variables_of_ours_that_are_no_settings_say_nothing() -> None:
+    environ = dict.fromkeys(RESERVED, "whatever") | {"OTHER": "1"}
+    assert load(Path(os.devnull), environ=environ) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("RESYNC", "-1", f"PI_RECONCILER_RESYNC is '-1', allowed: {SECONDS}"),
+        ("RESYNC", "nan", f"PI_RECONCILER_RESYNC is 'nan', allowed: {SECONDS}"),
+        ("RESYNC", "5 s", f"PI_RECONCILER_RESYNC is '5 s', allowed: {SECONDS}"),
+        ("WRITE_ATTEMPTS", "0", "PI_RECONCILER_WRITE_ATTEMPTS is '0', allowed: a whole number"),
+        ("LOG_LEVEL", "loud", "PI_RECONCILER_LOG_LEVEL is 'loud', allowed: one of debug, info,"),
+        (
+            "PROGRAMS",
+            "a.cjs",
+            "PI_RECONCILER_PROGRAMS is 'a.cjs', allowed: a list of texts without NUL, as a JSON",
+        ),
+        ("PROGRAMS", "[" * 5000, "PI_RECONCILER_PROGRAMS is '[[["),
+        ("PROGRAMS", "[1]", "PI_RECONCILER_PROGRAMS is '[1]', allowed: a list of texts"),
+        ("PROGRAMS", "\udcff", "PI_RECONCILER_PROGRAMS is '\\udcff', allowed: a list of texts"),
+        (
+            "AGENT_COMMAND",
+            "pi --token=s3cret",
+            "PI_RECONCILER_AGENT_COMMAND is something else (not repeated here), allowed: a list",
+        ),
+        (
+            "LOG_LEVL",
+            "info",
+            "PI_RECONCILER_LOG_LEVL is no setting (did you mean PI_RECONCILER_LOG_LEVEL?), allow",
+        ),
+        ("ZZZZZZ", "s3cret", "PI_RECONCILER_ZZZZZZ is no setting, allowed: PI_RECONCILER_<KEY>,"),
+    ],
+)
+def test_a_bad_variable_is_told_by_its_name(name: str, text: str, told: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(Path(os.devnull), environ={f"PI_RECONCILER_{name}": text})
+    assert str(caught.value).startswith(f"environment: {told}")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_all_sources_tell_what_is_wrong_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("resync = 0\nfoo = 1\n")
+    environ = {"PI_RECONCILER_LOG_LEVEL": "loud"}
+    with pytest.raises(SettingsError) as caught:
+        load(path, environ=environ, flags={"log.form": "xml"})
+    assert [problem.partition(" is ")[0] for problem in caught.value.problems] == [
+        f"{path}: resync",
+        f"{path}: foo",
+        "environment: PI_RECONCILER_LOG_LEVEL",
+        "command line: --log-form",
+    ]
+    assert str(caught.value).count(str(path)) == 1
+
+
+def test_values_that_do_not_go_together_are_a_rooms_to_refuse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: WritePolicy) -> None:
+        raise ValueError("one is above the other")
+
+    monkeypatch.setattr(WritePolicy, "__post_init__", refuse)
+    with pytest.raises(SettingsError, match=r"^\[write\]: one is above the other$"):
+        parse(b"[write]\nattempts = 2")
+
+
+def test_a_room_says_the_range_of_its_own_numbers() -> None:
+    @dataclasses.dataclass
+    class Room:
+        size: Annotated[int, Range(0, 1 << 30, "bytes")] = 0
+
+    (key,) = schema._keys(Room).values()
+    assert key.allowed == "bytes from 0 to 1073741824"

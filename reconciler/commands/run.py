@@ -84,10 +84,11 @@ def run(
 
         import structlog  # noqa: F401 - it has to be now
     from reconciler.controller import Reconciler
-    from reconciler.logs import make_logger
+    from reconciler.logs import LogSettings, make_logger
 
     settings = given.settings
-    level, form = log_level or settings.log_level, log_form or settings.log_form
+    said = settings.log or LogSettings()
+    level, form = log_level or said.level, log_form or said.form
     log = make_logger(sys.stdout, level, form, colors=given.colors)
     reconciler = Reconciler(
         given.manager(),
