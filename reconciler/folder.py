@@ -16,6 +16,7 @@ import socket
 import stat
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,10 @@ NETWORK_FILESYSTEMS = frozenset(
         *("fuse.glusterfs", "fuse.s3fs", "fuse.sshfs"),
     }
 )
+
+_RACY_NS = 1_000_000_000
+# A change is stamped with the kernel's tick: another one within it may bear the same time. So a
+# file counts as read for good only a good while after its last change (git does the same).
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5; 77 on every architecture but three old ones
 _KINDS = {
@@ -195,14 +200,30 @@ class Folder:
             return Entry(EntryKind.HOSTILE, now, detail=hostile)
         return Entry(EntryKind.SOCKET, now, file_id(status))
 
-    def pid_entry(self, name: str, now: float, status: os.stat_result | None = None) -> Entry:
-        """Look at a name under which a pid file should stand, and read it."""
+    def pid_entry(
+        self,
+        name: str,
+        now: float,
+        status: os.stat_result | None = None,
+        before: Entry | None = None,
+    ) -> Entry:
+        """Look at a name under which a pid file should stand, and read it.
+
+        Args:
+            name: the name.
+            now: monotonic seconds.
+            status: as it was just seen.
+            before: what the look before has seen there. If it has not changed since, it is not
+                read again: in a folder at rest that would be the only use of the disk.
+        """
         try:
             status = status or self.status(name)
             if status is None:
                 return Entry(EntryKind.ABSENT, now)
             if hostile := _hostile(status, stat.S_IFREG):
                 return Entry(EntryKind.HOSTILE, now, detail=hostile)
+            if before is not None and not self.remote and _unchanged(before, status):
+                return before
             text, status = self._read(name)
         except FileNotFoundError:
             return Entry(EntryKind.ABSENT, now)
@@ -210,7 +231,7 @@ class Folder:
             return Entry(EntryKind.UNKNOWN, now, detail=f"cannot read it ({error.strerror})")
         if hostile := _hostile(status, stat.S_IFREG):
             return Entry(EntryKind.HOSTILE, now, detail=hostile)
-        return _pid_entry(text, file_id(status, text), now)
+        return _pid_entry(text, status, now)
 
     def _read(self, name: str) -> tuple[bytes, os.stat_result]:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -287,14 +308,25 @@ def _hostile(status: os.stat_result, wanted: int) -> str:
     return ""
 
 
-def _pid_entry(text: bytes, file: FileId, now: float) -> Entry:
+def _pid_entry(text: bytes, status: os.stat_result, now: float) -> Entry:
+    file = file_id(status, text)
+    changed = status.st_ctime_ns if time.time_ns() - status.st_ctime_ns > _RACY_NS else 0
     digits = text.removesuffix(b"\n")
     whole = len(text) < PID_FILE_LIMIT
     if not text:
-        return Entry(EntryKind.EMPTY, now, file)
+        return Entry(EntryKind.EMPTY, now, file, changed_ns=changed)
     if not (whole and digits.isdigit() and 0 < (pid := int(digits)) <= PID_LIMIT):
-        return Entry(EntryKind.BROKEN, now, file, detail="not a pid")
-    return Entry(EntryKind.PID, now, file, pid)
+        return Entry(EntryKind.BROKEN, now, file, detail="not a pid", changed_ns=changed)
+    return Entry(EntryKind.PID, now, file, pid, changed_ns=changed)
+
+
+def _unchanged(before: Entry, status: os.stat_result) -> bool:
+    """Whether a pid file still says what it said: its ``ctime``, which nobody can set, tells."""
+    return (
+        before.file is not None
+        and before.changed_ns == status.st_ctime_ns
+        and before.file == file_id(status, before.file.text)
+    )
 
 
 def _peer(client: socket.socket, name: str, folder: tuple[int, int]) -> Peer:

@@ -182,19 +182,17 @@ class Probe:
         self, sid: str, before: Observation | None, now: float
     ) -> tuple[Entry, Entry, Entry]:
         """The pid file first: a keeper binds its socket before it writes that."""
-        pid_file = self.folder.pid_entry(file_name(Role.PID_FILE, sid), now)
-        agent_file = self.folder.pid_entry(file_name(Role.AGENT_PID_FILE, sid), now)
+        pid_file = self._pid_entry(Role.PID_FILE, sid, before.pid_file if before else None, now)
+        known = before.agent_file if before else None
+        agent_file = self._pid_entry(Role.AGENT_PID_FILE, sid, known, now)
         if sys.platform == "win32":
             socket = Entry(EntryKind.ABSENT, now)
         else:
             socket = self.folder.socket_entry(file_name(Role.SOCKET, sid), now)
-        if before is None:
-            return pid_file, socket, agent_file
-        return (
-            _aged(pid_file, before.pid_file),
-            _aged(socket, before.socket),
-            _aged(agent_file, before.agent_file),
-        )
+        return pid_file, _aged(socket, before.socket if before else None), agent_file
+
+    def _pid_entry(self, role: Role, sid: str, before: Entry | None, now: float) -> Entry:
+        return _aged(self.folder.pid_entry(file_name(role, sid), now, before=before), before)
 
     def _claimed(self, sid: str, pid_file: Entry, before: Observation | None) -> Keeper:
         """Who the pid file names."""
@@ -256,7 +254,9 @@ def _without(leftovers: tuple[Leftover, ...], agent: Agent) -> tuple[Leftover, .
     return tuple(leftover for leftover in leftovers if leftover.process != agent.process)
 
 
-def _aged(entry: Entry, before: Entry) -> Entry:
+def _aged(entry: Entry, before: Entry | None) -> Entry:
+    if before is None or entry is before:
+        return entry
     if (before.kind, before.file) == (entry.kind, entry.file):
         return replace(entry, since=before.since)
     return entry

@@ -34,6 +34,9 @@ ARGUMENTS_LIMIT = 128 * 1024
 ENVIRONMENT_LIMIT = 2 * 1024 * 1024
 """Bytes read of a process's environment; the kernel allows a quarter of the stack."""
 
+_PIECE = 16 * 1024
+# Bytes for which a read makes room at first.
+
 TO_LOOK = 16
 """Descriptors that no pidfd may take: looking takes some, and who cannot look cannot clean."""
 
@@ -262,11 +265,20 @@ def _own_namespace() -> str:
 
 
 def _read(path: str, limit: int) -> bytes | None:
+    """What a file of ``/proc`` says, so many bytes at most; None when it cannot be read."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read(limit)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+    try:
+        text = os.read(descriptor, min(limit, _PIECE))
+        if len(text) == _PIECE < limit:  # seldom: room for all of it is not got each time
+            text += os.read(descriptor, limit - _PIECE)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return text
 
 
 class _Portable:

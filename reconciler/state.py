@@ -65,6 +65,9 @@ class Entry:
     file: FileId | None = None
     pid: int = 0
     detail: str = ""
+    changed_ns: int = 0
+    """When it changed last (``ctime``), if its content was read so much later that no change
+    since can bear the same time; else 0."""
 
     @property
     def present(self) -> bool:

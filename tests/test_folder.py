@@ -185,6 +185,57 @@ def test_gone_between_look_and_open(opened: Folder, monkeypatch: pytest.MonkeyPa
     assert opened.pid_entry(NAME, NOW).kind is EntryKind.ABSENT
 
 
+def rewrite(path: Path, text: str) -> None:
+    """Write a file anew in place, and give it its old time back."""
+    before = path.stat()
+    path.write_text(text)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def never(_: str) -> tuple[bytes, os.stat_result]:
+    raise AssertionError("it was read")
+
+
+def test_a_pid_file_that_has_not_changed_is_not_read_again(
+    opened: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "_RACY_NS", -sys.maxsize)  # it counts as long at rest
+    (opened.path / NAME).write_text("12")
+    before = opened.pid_entry(NAME, NOW)
+    monkeypatch.setattr(opened, "_read", never)
+    assert opened.pid_entry(NAME, NOW + 60, before=before) is before
+
+
+@pytest.mark.parametrize("at_rest", [True, False])
+def test_a_pid_file_that_hides_its_change_is_read_again(
+    opened: Folder, monkeypatch: pytest.MonkeyPatch, *, at_rest: bool
+) -> None:
+    """Same inode, size and time; where the look came too soon, even the tick may be the same."""
+    monkeypatch.setattr(folder_module, "_RACY_NS", -sys.maxsize if at_rest else sys.maxsize)
+    path = opened.path / NAME
+    path.write_text("12")
+    before, changed = opened.pid_entry(NAME, NOW), path.stat().st_ctime_ns
+    assert before.changed_ns == (changed if at_rest else 0)
+    rewrite(path, "13")
+    if at_rest:
+        until(lambda: (rewrite(path, "13"), path.stat().st_ctime_ns != changed)[1])
+    entry = opened.pid_entry(NAME, NOW + 60, before=before)
+    assert (entry.pid, entry.since) == (13, NOW + 60)
+
+
+def test_a_pid_file_on_another_host_is_read_each_time(
+    opened: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a network filesystem says of a file may be older than the file."""
+    monkeypatch.setattr(folder_module, "_RACY_NS", -sys.maxsize)
+    (opened.path / NAME).write_text("12")
+    before = opened.pid_entry(NAME, NOW)
+    opened.remote = True
+    monkeypatch.setattr(opened, "_read", never)
+    with pytest.raises(AssertionError, match="it was read"):
+        opened.pid_entry(NAME, NOW, before=before)
+
+
 def test_what_cannot_be_looked_at_is_not_known(opened: Folder) -> None:
     name = "x" * 300
     assert opened.socket_entry(name, NOW).kind is EntryKind.UNKNOWN

@@ -231,7 +231,7 @@ def test_a_name_may_hold_anything(system: Processes, tmp_path: Path) -> None:
 
 @BOTH
 def test_arguments(system: Processes) -> None:
-    odd = ["a b", "", "é", os.fsdecode(b"\xff"), "x" * 5000]
+    odd = ["a b", "", "é", os.fsdecode(b"\xff"), "x" * 50_000]
     with ending(subprocess.Popen(["sleep", "600", "0", "0"])) as process:
         until(lambda: SYSTEM.arguments(process.pid) == ("sleep", "600", "0", "0"))
         assert system.arguments(process.pid) == ("sleep", "600", "0", "0")
@@ -242,11 +242,12 @@ def test_arguments(system: Processes) -> None:
 
 @BOTH
 def test_a_variable_of_the_environment(system: Processes) -> None:
-    env = {"LONGER_NAME": "no", "NAME": "a=b é", "EMPTY": ""}
+    env = {"LONG": "x" * 50_000, "LONGER_NAME": "no", "NAME": "a=b é", "EMPTY": ""}
     with running(env=env) as process:
         line(process)
         assert system.variable(process.pid, "NAME") == "a=b é"
         assert system.variable(process.pid, "LONGER") == ""
+        assert system.variable(process.pid, "LONG") == "x" * 50_000
         assert system.variable(process.pid, "EMPTY") == ""
 
 
