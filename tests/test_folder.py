@@ -217,8 +217,8 @@ def test_a_pid_file_that_hides_its_change_is_read_again(
     before, changed = opened.pid_entry(NAME, NOW), path.stat().st_ctime_ns
     assert before.changed_ns == (changed if at_rest else 0)
     rewrite(path, "13")
-    if at_rest:
-        until(lambda: (rewrite(path, "13"), path.stat().st_ctime_ns != changed)[1])
+    while at_rest and path.stat().st_ctime_ns == changed:
+        rewrite(path, "13")
     entry = opened.pid_entry(NAME, NOW + 60, before=before)
     assert (entry.pid, entry.since) == (13, NOW + 60)
 
