@@ -28,7 +28,7 @@ from reconciler.layout import InvalidSessionIdError
 
 _COMMANDS: Mapping[str, tuple[str, ...]] = {
     "Sessions": ("spawn", "write", "ls", "inspect", "stop"),
-    "The background process": ("run",),
+    "The background process": ("run", "config"),
 }
 """What there is, under the headings of the help."""
 

@@ -80,13 +80,13 @@ def complain(message: str) -> None:
 
 def say(message: str) -> None:
     """Say what is good to know: one line on standard error, unless --quiet is given."""
-    if not _chosen().get("quiet"):
+    if not chosen().get("quiet"):
         complain(message)
 
 
 def confirm(message: str) -> None:
     """Say on standard output what was done, unless --quiet is given."""
-    if not _chosen().get("quiet"):
+    if not chosen().get("quiet"):
         click.echo(message)
 
 
@@ -128,10 +128,10 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that all have, after its name as well as before it."""
 
     def remember(ctx: click.Context, option: click.Parameter, value: Any) -> None:  # noqa: ANN401 - a path or a flag
-        chosen = ctx.ensure_object(dict)
+        said = ctx.ensure_object(dict)
         given = ctx.get_parameter_source(str(option.name)) is _FROM_COMMAND_LINE
-        if value and (given or option.name not in chosen):  # a flag beats a variable
-            chosen[option.name] = value
+        if value and (given or option.name not in said):  # a flag beats a variable
+            said[option.name] = value
 
     for options, more in reversed(_OPTIONS):
         command = click.option(*options, callback=remember, expose_value=False, **more)(command)
@@ -144,7 +144,6 @@ _OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
         ("--sessions-dir",),
         {
             "type": click.Path(path_type=Path, file_okay=False),
-            "envvar": "PI_RECONCILER_SESSIONS_DIR",
             "metavar": "DIR",
             "help": "The sessions folder.  [default: ~/.pi/dashboard/sessions]",
         },
@@ -176,22 +175,22 @@ def pass_common(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - click's callbacks
-        return command(_common(_chosen()), *args, **kwargs)
+        return command(_common(chosen()), *args, **kwargs)
 
     return common(run)
 
 
-def _chosen() -> dict[str, Any]:
+def chosen() -> dict[str, Any]:
     """What the common options of this command line say."""
-    chosen: dict[str, Any] = click.get_current_context().ensure_object(dict)
-    return chosen
+    said: dict[str, Any] = click.get_current_context().ensure_object(dict)
+    return said
 
 
-def _common(chosen: dict[str, Any]) -> Common:
+def _common(said: dict[str, Any]) -> Common:
     from reconciler.settings import SettingsError, load
 
-    colors = not (chosen.get("no_color") or os.environ.get("NO_COLOR"))
+    colors = not (said.get("no_color") or os.environ.get("NO_COLOR"))
     try:
-        return Common(load(chosen.get("config")), chosen.get("sessions_dir"), colors)
+        return Common(load(said.get("config")), said.get("sessions_dir"), colors)
     except SettingsError as error:
         fail(str(error), BAD_SETTINGS)

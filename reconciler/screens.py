@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from reconciler.columns import aligned
 from reconciler.keeper import Finding
 from reconciler.layout import socket_address
 from reconciler.state import (
@@ -61,13 +62,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         )
         for row in rows
     ]
-    return _aligned(cells)
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        yield "  ".join(map(str.ljust, line, widths)).rstrip()
+    return aligned(cells)
 
 
 def age(seconds: float | None) -> str:
@@ -113,7 +108,7 @@ def told(finding: Finding, folder: Path) -> Iterator[str]:
     seen, plan = finding.seen, finding.plan
     yield f"session {seen.sid} in {folder}"
     yield ""
-    yield from _aligned(
+    yield from aligned(
         [
             ("keeper", _keeper(seen)),
             *(("rival keeper", rival.evidence) for rival in seen.rivals),
