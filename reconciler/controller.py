@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from reconciler.budget import LogBudget
 from reconciler.effects import Done
 from reconciler.errors import (
     FolderError,
@@ -50,6 +52,7 @@ from reconciler.state import (
     Verdict,
     decide,
 )
+from reconciler.sweep import LogSweeper
 from reconciler.watcher import LOOK_AT_ALL, SessionsWatcher
 
 if TYPE_CHECKING:
@@ -74,7 +77,8 @@ LOOK_AT_PROCESSES = "&"
 """The hint to scan for what no file tells of; no session id can be this."""
 
 _ENOUGH_SCANS = 3
-_OVER = frozenset({Verdict.ABSENT, Verdict.MISSING, Verdict.LEFTOVERS})
+_NOTHING_THERE = frozenset({Verdict.ABSENT, Verdict.MISSING})
+_OVER = _NOTHING_THERE | {Verdict.LEFTOVERS}
 
 
 class Reconciler:
@@ -91,6 +95,7 @@ class Reconciler:
         logger: where to log; by default the application's structlog, or JSON on stderr.
         metrics: makes the metrics of the session table, for instance
             `reconciler.metrics.Metrics`; none are kept by default.
+        log_budget: what the logs of the folder may cost; those of ended sessions go.
 
     Attributes:
         sessions: the desired and the actual state of every session, readable at any time
@@ -105,6 +110,7 @@ class Reconciler:
         dry_run: bool = False,
         logger: FilteringBoundLogger | None = None,
         metrics: Callable[[SessionTable], Metrics] | None = None,
+        log_budget: LogBudget | None = None,
     ) -> None:
         self.manager = manager or KeeperManager()
         self.sessions = SessionTable(self._on_subscriber_error)
@@ -113,6 +119,8 @@ class Reconciler:
         self._log = logger or get_logger()
         self._metrics = metrics(self.sessions) if metrics else None
         self._reporter = Reporter(self._log, self._metrics)
+        self._sweeper = LogSweeper(log_budget or LogBudget())
+        self._sweeping = False
         self._hints = Hints()
         self._inbox: set[str] = set()
         self._inbox_lock = threading.Lock()
@@ -565,11 +573,36 @@ class Reconciler:
             suspects = await self._scan(served)
             if key == LOOK_AT_PROCESSES and not self._may_not_act():
                 self._forget_wishes(served.folder, suspects.marked.keys())
+            if key == LOOK_AT_PROCESSES and not self._sweeping:
+                self._begin(self._sweep_logs(served, suspects.sids))
         except OSError as error:
             self._tell_half_read(served, error)
         finally:
             self._hints.release(key)
             self._wake()
+
+    async def _sweep_logs(self, served: Served, found: Collection[str]) -> None:
+        """Bring the logs into their budget, beside the loop, as the last part of a full look."""
+        self._sweeping = True
+        there = (sid for sid, row in self.sessions.items() if row.phase not in _NOTHING_THERE)
+        acting, stop = not self._may_not_act(), threading.Event()
+        try:
+            with served.folder.again() as folder:
+                sweep = functools.partial(self._sweeper.sweep, folder, {*found, *there})
+                work = self._loop.run_in_executor(
+                    None, functools.partial(sweep, act=acting, stop=stop)
+                )
+                try:
+                    report = await asyncio.shield(work)
+                except asyncio.CancelledError:
+                    stop.set()
+                    await asyncio.wait((work,))
+                    raise
+            self._reporter.swept(report, acting=acting)
+        except OSError as error:
+            self._tell_half_read(served, error)
+        finally:
+            self._sweeping = False
 
     def _tell_half_read(self, served: Served, error: OSError) -> None:
         reason = f"not all could be looked at: {error.strerror}"

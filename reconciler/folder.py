@@ -101,15 +101,16 @@ class Folder:
         remote: it lies on a network filesystem.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the folder.
+    def __init__(self, path: Path, *, at: int | None = None) -> None:
+        """Open the folder, or the one that a descriptor ``at`` has open.
 
         Raises:
             FileNotFoundError, NotADirectoryError, PermissionError, OSError: as the system
                 says it.
         """
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        self.fd = os.open(path, flags) if at is None else os.open(".", flags, dir_fd=at)
         self._client: socket.socket | None = None
         status = os.fstat(self.fd)
         self.key = (status.st_dev, status.st_ino)
@@ -129,6 +130,10 @@ class Folder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def again(self) -> Folder:
+        """The same folder by a descriptor of its own, without the lock: for another thread."""
+        return Folder(self.path, at=self.fd)
 
     def in_place(self) -> bool:
         """Whether the path still leads to this very folder."""

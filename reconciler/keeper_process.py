@@ -180,7 +180,11 @@ class Folder:
     def open(self, name: str, flags: int) -> int:
         """Open a regular file of ours without ever blocking, else raise OSError."""
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        fd = os.open(name, flags, 0o600, dir_fd=self.fd)
+        try:
+            fd = os.open(name, flags, 0o600, dir_fd=self.fd)
+        except BlockingIOError:  # a sweep asks, for microseconds, whether somebody writes to it
+            time.sleep(RETRY_EVERY)
+            fd = os.open(name, flags, 0o600, dir_fd=self.fd)
         if not _is_ours(os.fstat(fd), stat.S_ISREG):
             os.close(fd)
             raise OSError(errno.EPERM, "not a regular file of ours", name)

@@ -10,11 +10,13 @@ from collections import Counter as Tally
 from collections.abc import Iterator
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from reconciler.budget import Why
 from reconciler.state import Session, SessionTable, Verdict
+from reconciler.sweep import Report
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
@@ -50,6 +52,20 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._logs_swept = Counter(
+            "pi_reconciler_logs_swept",
+            "Logs of ended sessions removed or cut to stay within the budget, by reason.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self._log_bytes = Gauge(
+            "pi_reconciler_log_bytes",
+            "Bytes of all session logs in the folder, as of the last full look.",
+            registry=self.registry,
+        )
+        for why in Why:
+            self._logs_swept.labels(why.value)
+
     def acted(self, event: str, reason: str, *, success: bool) -> None:
         """Count one action."""
         self._actions.labels(event, reason, "success" if success else "failure").inc()
@@ -61,6 +77,12 @@ class Metrics:
     def looked_at_all(self) -> None:
         """Count one full look."""
         self._full_looks.inc()
+
+    def swept(self, report: Report, *, acting: bool) -> None:
+        """Note what the logs take, and count what was removed or cut of them."""
+        self._log_bytes.set(report.kept)
+        for each in report.swept if acting else ():
+            self._logs_swept.labels(each.why.value).inc(len(each.logs))
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
         """Expose the metrics over HTTP, in a thread of their own.

@@ -71,7 +71,7 @@ def remove(
     Raises:
         OSError: the folder cannot be written to. What was caught was put back.
     """
-    with _birth_lock(folder, sid) as free:
+    with birth_lock(folder, sid) as free:
         if not free:
             return Removal((), locked=True)
         fates = []
@@ -85,14 +85,14 @@ def remove(
 
 def remove_logs(folder: Folder, sid: str, names: Iterable[str]) -> None:
     """Remove log files of a session of which no keeper of ours lives."""
-    with _birth_lock(folder, sid) as free:
+    with birth_lock(folder, sid) as free:
         for name in names if free else ():
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=folder.fd)
 
 
 @contextlib.contextmanager
-def _birth_lock(folder: Folder, sid: str) -> Iterator[bool]:
+def birth_lock(folder: Folder, sid: str) -> Iterator[bool]:
     """Hold the lock that a keeper of ours holds for life: the one on its log."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -116,7 +116,7 @@ def _take(folder: Folder, name: str, judged: FileId, socket: str) -> Fate:
     here = folder.status(name)
     if here is None:
         return Fate.GONE
-    hidden = _hidden_name(name)
+    hidden = hidden_name(name)
     # What it says is read only once it was caught: then nobody changes it by its name.
     if file_id(here, judged.text) != judged or folder.status(hidden) is not None:
         return Fate.CHANGED
@@ -136,7 +136,8 @@ def _take(folder: Folder, name: str, judged: FileId, socket: str) -> Fate:
     return Fate.CHANGED
 
 
-def _hidden_name(name: str) -> str:
+def hidden_name(name: str) -> str:
+    """Under which name this process hides an entry."""
     return f".{name}.taken-{os.getpid()}"
 
 
@@ -171,6 +172,18 @@ def is_taken(name: str) -> bool:
     return _HIDDEN.fullmatch(name) is not None
 
 
+def remover_of(hidden: str) -> tuple[str, int]:
+    """The name that an entry had before, and the pid of who has hidden it.
+
+    Raises:
+        ValueError: it is no hidden name; ask `is_taken` first.
+    """
+    parts = _HIDDEN.fullmatch(hidden)
+    if parts is None:
+        raise ValueError(f"{hidden!r} is no name that a removal has given")
+    return parts["name"], int(parts["remover"])
+
+
 def recover(folder: Folder, name: str) -> Fate | None:
     """Finish what a removal that was itself killed has left under a hidden name.
 
@@ -187,7 +200,7 @@ def recover(folder: Folder, name: str) -> Fate | None:
     parts = _HIDDEN.fullmatch(name)
     if parts is None or claims(original := parts["name"]) is None:
         return None
-    if _may_be_at_work(folder, int(parts["remover"])):
+    if may_be_at_work(folder, int(parts["remover"])):
         return None
     entry = _look(folder, name)
     if not entry.present:
@@ -201,7 +214,7 @@ def recover(folder: Folder, name: str) -> Fate | None:
     return Fate.REMOVED
 
 
-def _may_be_at_work(folder: Folder, remover: int) -> bool:
+def may_be_at_work(folder: Folder, remover: int) -> bool:
     """Whether a process may be the one that gave a hidden name, or its pid is another's by now.
 
     Who removes holds the folder open all the while.

@@ -23,6 +23,7 @@ from reconciler.state import (
     StopLeftovers,
     Verdict,
 )
+from reconciler.sweep import Report, Swept
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -47,7 +48,9 @@ _EVENTS: Mapping[type, str] = {
 
 
 _MOST = 20
-"""Leftovers that one line names; it counts them all."""
+"""Leftovers, or logs, that one line names; it counts them all."""
+
+_GROWN = "log of a living session too long"
 
 _RECONCILE_ID = ContextVar("reconcile_id", default=0)
 """Which look a line belongs to; a task that a look has started keeps that look's."""
@@ -65,6 +68,9 @@ class Reporter:
         self._log = log
         self._metrics = metrics
         self._looks = 0
+        self._grown: frozenset[str] = frozenset()
+        self._sweep_failures: frozenset[str] = frozenset()
+        self._planned: tuple[Swept, ...] = ()
 
     def begin(self) -> None:
         """A session is looked at: what is told from here on belongs to this look."""
@@ -113,6 +119,31 @@ class Reporter:
             reconcile_id=_RECONCILE_ID.get(),
             retry_ms=round(retry * 1000),
         )
+
+    def swept(self, report: Report, *, acting: bool) -> None:
+        """The logs were brought into their budget, or would be."""
+        if acting or report.swept != self._planned:
+            for each in report.swept:
+                self._log.info(
+                    "logs.swept" if acting else "logs.planned",
+                    reason=each.why.value,
+                    count=len(each.logs),
+                    bytes=each.freed,
+                    logs=list(each.logs[:_MOST]),
+                )
+        self._planned = () if acting else report.swept
+        for log in report.grown:
+            if log.name not in self._grown:
+                self._log.warning(
+                    "logs.grown", sid=log.sid, reason=_GROWN, log=log.name, bytes=log.file.size
+                )
+        self._grown = frozenset(log.name for log in report.grown)
+        for failure in report.failures:
+            if failure not in self._sweep_failures:
+                self._log.warning("logs.sweep_failed", reason=failure)
+        self._sweep_failures = frozenset(report.failures)
+        if self._metrics is not None:
+            self._metrics.swept(report, acting=acting)
 
     def _tell(
         self, log: Callable[..., Any], event: str, seen: Observation, plan: Plan, **more: object

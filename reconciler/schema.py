@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from reconciler.budget import LogBudget
 from reconciler.ladder import Ladder
 from reconciler.logs import LogSettings
 from reconciler.ranges import Range
@@ -44,6 +45,7 @@ TABLES: Mapping[str, type] = {
     "ladder": Ladder,
     "write": WritePolicy,
     "log": LogSettings,
+    "log_budget": LogBudget,
 }
 """Every table of the file, and the dataclass that its keys are the fields of."""
 

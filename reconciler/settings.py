@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from reconciler.budget import LogBudget
     from reconciler.ladder import Ladder
     from reconciler.logs import LogSettings
     from reconciler.rpc_writer import WritePolicy
@@ -68,6 +69,7 @@ class Settings(NamedTuple):
         ladder: how processes are ended.
         write: how lines are delivered.
         log: how the program's own log is written.
+        log_budget: what the sessions' logs may cost.
     """
 
     sessions_dir: Path | None = None
@@ -79,6 +81,7 @@ class Settings(NamedTuple):
     ladder: Ladder | None = None
     write: WritePolicy | None = None
     log: LogSettings | None = None
+    log_budget: LogBudget | None = None
 
 
 class Loaded(NamedTuple):

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -369,7 +370,11 @@ def _launch_log(request: KeeperRequest, probe: Probe) -> Iterator[int]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     name = file_name(Role.LAUNCH_LOG, request.sid)
     try:
-        log = os.open(name, flags, 0o600, dir_fd=probe.folder.fd)
+        try:
+            log = os.open(name, flags, 0o600, dir_fd=probe.folder.fd)
+        except BlockingIOError:  # a sweep asks, for microseconds, whether somebody writes to it
+            time.sleep(_POLL)
+            log = os.open(name, flags, 0o600, dir_fd=probe.folder.fd)
     except OSError as error:
         raise FolderError(
             f"sessions folder {str(probe.folder.path)!r} is not usable: cannot write {name}: "

@@ -66,6 +66,8 @@ BAD = (
     "[write]\nbackoff = 0.1",
     "[log]\nlevel = 'INFO'",
     "[log]\nform = 1",
+    "[log_budget]\ntotal = 65535",
+    "[log_budget]\nage = 59",
 )
 
 

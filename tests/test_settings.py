@@ -12,6 +12,7 @@ import platformdirs
 import pytest
 
 from reconciler import schema
+from reconciler.budget import LogBudget
 from reconciler.ladder import Ladder
 from reconciler.logs import LogSettings
 from reconciler.ranges import Range
@@ -87,6 +88,8 @@ def test_what_a_file_says_reaches_the_rooms() -> None:
         [log]
         level = "debug"
         form = "console"
+        [log_budget]
+        total = 1000000
         """
     )
     assert said == Settings(
@@ -99,6 +102,7 @@ def test_what_a_file_says_reaches_the_rooms() -> None:
         ladder=Ladder(term_grace=1.0),
         write=WritePolicy(attempts=1, backoff=()),
         log=LogSettings(level="debug", form="console"),
+        log_budget=LogBudget(total=1_000_000),
     )
 
 
@@ -123,6 +127,12 @@ SECONDS = "seconds above 0, 86400 at most"
         ("[write]\nbackoff = 1", "write.backoff is 1, allowed: a list of seconds from 0 to"),
         ("[log]\nlevel = 'loud'", "log.level is 'loud', allowed: one of debug, info, warning"),
         ("[log]\nform = 1", "log.form is 1, allowed: one of auto, json, console"),
+        (
+            "[log_budget]\ntotal = 65535",
+            "log_budget.total is 65535, allowed: a whole number of bytes",
+        ),
+        ("[log_budget]\neach = 1e9", "log_budget.each is 1000000000.0, allowed: a whole number"),
+        ("[log_budget]\nage = 59", "log_budget.age is 59, allowed: seconds from 60 to"),
         ("sessions_dir = 1", "sessions_dir is 1, allowed: a text"),
         ("programs = 'keeper.cjs'", "programs is 'keeper.cjs', allowed: a list of texts"),
         (

@@ -96,6 +96,7 @@ def run(
         dry_run=dry_run,
         logger=log,
         metrics=_metrics(*metrics) if metrics else None,
+        log_budget=settings.log_budget,
     )
     _raise_descriptor_limit()
     gc.freeze()  # a full collection holds the loop up: it need not walk all that was imported
