@@ -17,7 +17,7 @@ import click
 
 if TYPE_CHECKING:
     from reconciler.keeper import KeeperManager
-    from reconciler.settings import Settings
+    from reconciler.settings import Settings, Sources
 
 FAILURE, USAGE, NO_SUCH_SESSION, TRY_AGAIN, NOT_KNOWN, BAD_SETTINGS = 1, 2, 3, 75, 76, 78
 """Exit codes; 0 is success. 75 and 78 are sysexits' EX_TEMPFAIL and EX_CONFIG."""
@@ -33,11 +33,13 @@ class Common(NamedTuple):
 
     Attributes:
         settings: what the settings say.
+        sources: what they are from.
         sessions_dir: the folder that the command line names, if it does.
         colors: whether what a person reads may be coloured, where a terminal shows it.
     """
 
     settings: Settings
+    sources: Sources
     sessions_dir: Path | None
     colors: bool = True
 
@@ -187,10 +189,11 @@ def chosen() -> dict[str, Any]:
 
 
 def _common(said: dict[str, Any]) -> Common:
-    from reconciler.settings import SettingsError, load
+    from reconciler.settings import SettingsError, Sources
 
     colors = not (said.get("no_color") or os.environ.get("NO_COLOR"))
     try:
-        return Common(load(said.get("config")), said.get("sessions_dir"), colors)
+        sources = Sources.read(said.get("config"))
+        return Common(sources.settings(), sources, said.get("sessions_dir"), colors)
     except SettingsError as error:
         fail(str(error), BAD_SETTINGS)

@@ -187,6 +187,29 @@ class Reconciler:
             self._folder.close()
             self._folder = None
 
+    def go_by(
+        self, manager: KeeperManager, *, resync: float, log_budget: LogBudget | None = None
+    ) -> None:
+        """Go by another manager of the same folder, from the next look on.
+
+        What is being ended is ended as it was begun. Nothing is changed where this raises.
+
+        Args:
+            manager: how sessions are looked at, judged, started and ended.
+            resync: seconds between two full looks.
+            log_budget: what the logs of the folder may cost.
+
+        Raises:
+            ValueError: it is another folder's.
+        """
+        if manager.sessions_dir != self.manager.sessions_dir:
+            raise ValueError(f"the folder stays {str(self.manager.sessions_dir)!r} while this runs")
+        if self._folder is not None:
+            self._folder.go_by(manager)
+        self.manager, self._resync = manager, resync
+        self._sweeper.budget = log_budget or LogBudget()
+        self._hint(LOOK_AT_ALL, AT_ONCE)
+
     # What callers ask for.
 
     async def spawn(self, sid: str | None = None, **options: Any) -> SpawnedKeeper:  # noqa: ANN401 - the manager's

@@ -52,7 +52,7 @@ TABLES: Mapping[str, type] = {
 AT_ONCE = frozenset(
     {
         *("resync", "programs", "keeper_command", "agent_command", "log.level"),
-        *("policy", "ladder", "write"),
+        *("policy", "ladder", "write", "log_budget"),
     }
 )
 """Keys, and whole tables, that a running daemon takes at SIGHUP; others wait for its next start."""

@@ -28,10 +28,15 @@ class Served:
         self, folder: Folder, manager: KeeperManager, complain: Callable[[str], None]
     ) -> None:
         self.folder = folder
-        self.probe = manager.probe(folder, complain)
-        self.effects = Effects(self.probe, manager.ladder)
+        self._complain = complain
+        self.go_by(manager)
         self.why_not = "not locked"
         self.locked_by_other = False
+
+    def go_by(self, manager: KeeperManager) -> None:
+        """Look at the sessions, and end them, as a manager of the same folder says."""
+        self.probe = manager.probe(self.folder, self._complain)
+        self.effects = Effects(self.probe, manager.ladder)
 
     def close(self) -> None:
         """Let go of the folder, and of its lock."""

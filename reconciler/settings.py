@@ -11,7 +11,7 @@ import stat
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
     from reconciler.budget import LogBudget
@@ -113,6 +113,67 @@ def default_path(
     return platformdirs.user_config_path("pi-reconciler", appauthor=False) / "config.toml"
 
 
+class Sources(NamedTuple):
+    """What all sources say at one moment, not yet checked.
+
+    Attributes:
+        path: the settings file.
+        named: somebody has named that file, so it must be there.
+        text: what it holds; empty where it is not there.
+        variables: the environment variables that should be settings.
+        flags: what the command line says, by the keys' full names (``log.level``).
+    """
+
+    path: Path
+    named: bool
+    text: bytes
+    variables: Mapping[str, str]
+    flags: Mapping[str, Any]
+
+    @classmethod
+    def read(
+        cls,
+        path: Path | None = None,
+        environ: Mapping[str, str] = os.environ,
+        flags: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Read them; `load` says what the arguments are.
+
+        Raises:
+            SettingsError: the file cannot be read.
+        """
+        chosen = path or default_path()
+        text = _read(chosen, named=path is not None)
+        return cls(chosen, path is not None, text, _ours(environ), flags or {})
+
+    def again(self) -> Self:
+        """The same with what the file says now.
+
+        Raises:
+            SettingsError: the file cannot be read.
+        """
+        return self._replace(text=_read(self.path, named=self.named))
+
+    def settings(self) -> Settings:
+        """What they say.
+
+        Raises:
+            SettingsError: something that is said must not be.
+        """
+        if self.text or self.flags or self.variables.keys() - {_FOLDER}:
+            return self.loaded().settings
+        folder = self.variables.get(_FOLDER)  # so often set that it costs no check of the others
+        return Settings(sessions_dir=Path(os.path.expanduser(folder)) if folder else None)
+
+    def loaded(self) -> Loaded:
+        """What they say, and who says it.
+
+        Raises:
+            SettingsError: something that is said must not be.
+        """
+        return _made(self.text, str(self.path), self.variables, self.flags)
+
+
 def load(
     path: Path | None = None,
     *,
@@ -130,12 +191,7 @@ def load(
     Raises:
         SettingsError: the file cannot be read, or something that is said must not be.
     """
-    text = _read(path)
-    variables = _ours(environ)
-    if text or flags or variables.keys() - {_FOLDER}:
-        return _made(text, path, variables, flags).settings
-    folder = variables.get(_FOLDER)  # so often set that it is read without what checks the others
-    return Settings(sessions_dir=Path(os.path.expanduser(folder)) if folder else None)
+    return Sources.read(path, environ, flags).settings()
 
 
 def load_all(
@@ -145,7 +201,7 @@ def load_all(
     flags: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """The same as `load`, with who says each of them."""
-    return _made(_read(path), path, _ours(environ), flags)
+    return Sources.read(path, environ, flags).loaded()
 
 
 def parse(text: bytes, source: str = "settings") -> Settings:
@@ -158,19 +214,16 @@ def parse(text: bytes, source: str = "settings") -> Settings:
     Raises:
         SettingsError: all that is wrong: under which key, what was found, what is allowed.
     """
-    return _made(text, source, {}, None).settings
+    return _made(text, source, {}, {}).settings
 
 
 def _made(
-    text: bytes,
-    path: Path | str | None,
-    variables: Mapping[str, str],
-    flags: Mapping[str, Any] | None,
+    text: bytes, source: str, variables: Mapping[str, str], flags: Mapping[str, Any]
 ) -> Loaded:
     from reconciler import sources  # noqa: PLC0415 - and all rooms that have settings with it
 
     try:
-        said = sources.gather(text, str(path or default_path()), variables, flags)
+        said = sources.gather(text, source, variables, flags)
         return Loaded(Settings(**sources.arguments(said)), said)
     except sources.SourcesError as error:
         raise SettingsError(str(error), map(str, error.problems)) from error
@@ -185,10 +238,8 @@ def _ours(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _read(path: Path | None) -> bytes:
-    """The file's content. It waits for nobody who writes into a pipe, and holds a bounded text."""
-    named = path is not None
-    path = path or default_path()
+def _read(path: Path, *, named: bool) -> bytes:
+    """The file's content, bounded. Nobody who may write into a pipe is waited for."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except FileNotFoundError:

@@ -59,10 +59,13 @@ class LogSweeper:
 
     Args:
         budget: what the logs may cost.
+
+    Attributes:
+        budget: the same; another one holds from the next sweep on.
     """
 
     def __init__(self, budget: LogBudget) -> None:
-        self._budget = budget
+        self.budget = budget
         self._started = time.time(), _elapsed()
         self._grown: frozenset[str] = frozenset()
 
@@ -86,13 +89,14 @@ class LogSweeper:
         Raises:
             OSError: the folder cannot be read.
         """
+        budget = self.budget  # one sweep goes by one
         failures: list[str] = []
         names = list(folder.names())
         if act and recover_logs(folder, names, failures):
             names = list(folder.names())
         logs = survey(folder, names, living)
         done: list[Step] = []
-        for step in steps(logs, self._budget, self._now()):
+        for step in steps(logs, budget, self._now()):
             if stop.is_set():
                 break
             try:
@@ -101,16 +105,16 @@ class LogSweeper:
             except OSError as error:
                 failures.append(f"{step.log.name}: {error.strerror}")
         kept = sum(log.file.size for log in logs) - sum(step.freed for step in done)
-        return Report(tuple(_by_reason(done)), self._lasting(logs), kept, tuple(failures))
+        return Report(tuple(_by_reason(done)), self._lasting(logs, budget), kept, tuple(failures))
 
     def _now(self) -> float:
         """The time of day, but for what a clock that was set forward has added to it."""
         wall, elapsed = self._started
         return min(time.time(), wall + _elapsed() - elapsed)
 
-    def _lasting(self, logs: Sequence[Log]) -> tuple[Log, ...]:
+    def _lasting(self, logs: Sequence[Log], budget: LogBudget) -> tuple[Log, ...]:
         """Living logs that are too long now, and were the last time: the first may be cut yet."""
-        now = grown(logs, self._budget)
+        now = grown(logs, budget)
         before, self._grown = self._grown, frozenset(log.name for log in now)
         return tuple(log for log in now if log.name in before)
 

@@ -18,7 +18,7 @@ import pytest
 import structlog
 from conftest import WAIT
 
-from reconciler.logs import LEVELS, flush, get_logger, make_logger
+from reconciler.logs import LEVELS, flush, get_logger, make_logger, set_level
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,6 +72,19 @@ def test_lines_below_the_level_are_not_written(stream: io.StringIO, level: Any) 
         getattr(log, name)("event.name")
     written = [json.loads(text)["level"] for text in stream.getvalue().splitlines()]
     assert written == [name for name in LEVELS if LEVELS[name] >= LEVELS[level]]
+
+
+def test_the_level_of_a_logger_can_change_wherever_it_is_held(stream: io.StringIO) -> None:
+    log = make_logger(stream, "error")
+    held = log.info
+    log.info("one")
+    set_level(log, "info")
+    log.info("two")
+    log.debug("three")
+    set_level(log, "error")
+    log.info("four")
+    held("five")
+    assert [json.loads(text)["event"] for text in stream.getvalue().splitlines()] == ["two"]
 
 
 class NoWords:
@@ -252,7 +265,7 @@ def test_a_line_longer_than_the_pipe_arrives_whole_when_it_is_read(tmp_path: Pat
 # -- The reference of events -------------------------------------------------------------------
 
 NAME = re.compile(
-    r"(?!keeper\.cjs)(reconciler|session|keeper|agent|leftovers|action|folder|exits|removal|registry|subscriber|logs)\.[a-z_]+"
+    r"(?!keeper\.cjs)(reconciler|settings|session|keeper|agent|leftovers|action|folder|exits|removal|registry|subscriber|logs)\.[a-z_]+"
 )
 
 

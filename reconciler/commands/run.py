@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,8 +16,12 @@ from reconciler.console import FAILURE, Common, fail, pass_common, seconds
 if TYPE_CHECKING:
     import asyncio
 
+    from structlog.typing import FilteringBoundLogger
+
     from reconciler.controller import Reconciler
     from reconciler.metrics import Metrics
+    from reconciler.reloads import Reloads
+    from reconciler.settings import Settings
     from reconciler.state import SessionTable
 
 
@@ -68,8 +74,9 @@ def run(
 ) -> None:
     """Keep the sessions folder right: the background process.
 
-    Its log goes to standard output. SIGTERM or SIGINT end it; keepers and agents live on.
-    Only one can work on a folder; with --dry-run another one may look on.
+    Its log goes to standard output. SIGTERM or SIGINT end it; keepers and agents live on. SIGHUP
+    has it take changed settings (and ends it once its terminal is gone). Only one can work on a
+    folder; with --dry-run another one may look on.
 
     \b
     Clean up once, and end:           pi-reconciler run --once
@@ -85,6 +92,7 @@ def run(
         import structlog  # noqa: F401 - it has to be now
     from reconciler.controller import Reconciler
     from reconciler.logs import LogSettings, make_logger
+    from reconciler.reloads import Reloads
 
     settings = given.settings
     said = settings.log or LogSettings()
@@ -98,10 +106,14 @@ def run(
         metrics=_metrics(*metrics) if metrics else None,
         log_budget=settings.log_budget,
     )
+    flags = _flags(given, {"resync": resync, "log.level": log_level, "log.form": log_form})
+    reloads = functools.partial(
+        Reloads, given.sources._replace(flags=flags), _taker(given, reconciler, log), log
+    )
     _raise_descriptor_limit()
     gc.freeze()  # a full collection holds the loop up: it need not walk all that was imported
     gc.enable()
-    asyncio.run(_serve(reconciler, once=once))
+    asyncio.run(_serve(reconciler, reloads, once=once))
 
 
 @contextlib.contextmanager
@@ -134,7 +146,30 @@ def _metrics(host: str, port: int) -> Callable[[SessionTable], Metrics]:
     return expose
 
 
-async def _serve(reconciler: Reconciler, *, once: bool) -> None:
+def _flags(given: Common, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line says, by the names of settings."""
+    said = {name: value for name, value in asked.items() if value is not None}
+    return said | ({"sessions_dir": str(given.sessions_dir)} if given.sessions_dir else {})
+
+
+def _taker(
+    given: Common, reconciler: Reconciler, log: FilteringBoundLogger
+) -> Callable[[Settings], None]:
+    """What puts new settings in force: all that can change while it runs, in one step."""
+    from reconciler.logs import LogSettings, set_level
+
+    def take(new: Settings) -> None:
+        here = reconciler.manager.sessions_dir
+        manager = given._replace(settings=new, sessions_dir=here).manager()
+        reconciler.go_by(manager, resync=new.resync, log_budget=new.log_budget)
+        set_level(log, (new.log or LogSettings()).level)
+
+    return take
+
+
+async def _serve(
+    reconciler: Reconciler, make_reloads: Callable[[], Reloads], *, once: bool
+) -> None:
     import asyncio
     import signal
 
@@ -142,6 +177,9 @@ async def _serve(reconciler: Reconciler, *, once: bool) -> None:
     asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
+    reloads = make_reloads()
+    has_hung_up = _terminals()
+    loop.add_signal_handler(signal.SIGHUP, lambda: asked.set() if has_hung_up() else reloads.ask())
     async with reconciler:
         reasons: set[asyncio.Task[Any]] = {loop.create_task(asked.wait())}
         if once:
@@ -151,6 +189,16 @@ async def _serve(reconciler: Reconciler, *, once: bool) -> None:
             task.cancel()
         for task in ended:
             task.result()
+
+
+def _terminals() -> Callable[[], bool]:
+    """Whether a terminal that this program was started on is gone, to be asked later.
+
+    A terminal that goes tells those who run on it by the same signal by which an operator asks
+    for new settings.
+    """
+    terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
+    return lambda: not all(map(os.isatty, terminals))
 
 
 def _raise_descriptor_limit() -> None:
