@@ -126,8 +126,8 @@ class Scene:
         again = Sources.again
 
         def held_up(sources: Sources) -> Sources:
-            self.reads += 1
             text = again(sources)
+            self.reads += 1
             assert self.free.wait(WAIT)
             return text
 
