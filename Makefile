@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 AGENT_VERSION := 0.74.2
+PROMTOOL := .tools/promtool
 AGENT := .tools/agent/node_modules/.bin/pi
 SYSTEM_TOOLS := bindfs faketime tmux s6-supervise
 ARGS ?=
@@ -20,7 +21,7 @@ help: ## Show what there is
 run: $(VENV)/.run ## Keep the sessions folder right (ARGS="--dry-run" for more)
 	$(BIN)/pi-reconciler run $(ARGS)
 
-test: $(VENV)/.test agent tools lint docs ## Lint, types, contracts, docs, all tests, coverage gate
+test: $(VENV)/.test agent tools $(PROMTOOL) lint docs ## Lint, types, contracts, docs, all tests, coverage gate
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 	$(BIN)/coverage combine --quiet
@@ -55,6 +56,15 @@ tools: ## What some faults and benchmarks need of the system, installed as root 
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq; apt-get install -y -qq $$missing || echo "not installed: $$missing"; \
 	fi
+
+# Debian's package is a server that it starts, and dozens of others: one program out of it will do.
+$(PROMTOOL):
+	@if command -v apt-get >/dev/null; then \
+	  rm -rf $(@D)/deb && mkdir -p $(@D)/deb && cd $(@D)/deb && { apt-get download -qq prometheus 2>/dev/null || \
+	    { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+	  dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool > promtool && \
+	  chmod +x promtool && mv promtool .. && cd .. && rm -r deb || echo "promtool cannot be had"; \
+	else echo "apt-get is missing: promtool cannot be had"; fi
 
 bench: SYSTEM_TOOLS := s6-supervise
 bench: $(VENV)/.run tools ## Measure against peers, in one run (QUICK=1: a short check of the harness)

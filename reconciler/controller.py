@@ -100,6 +100,7 @@ class Reconciler:
     Attributes:
         sessions: the desired and the actual state of every session, readable at any time
             from the event loop's thread.
+        metrics: what counts, if anything does.
     """
 
     def __init__(
@@ -117,10 +118,10 @@ class Reconciler:
         self.dry_run = dry_run
         self._resync = resync
         self._log = logger or get_logger()
-        self._metrics = metrics(self.sessions) if metrics else None
-        self._reporter = Reporter(self._log, self._metrics)
         self._sweeper = LogSweeper(log_budget or LogBudget())
         self._sweeping = False
+        self.metrics = metrics(self.sessions) if metrics else None
+        self._reporter = Reporter(self._log, self.metrics)
         self._hints = Hints()
         self._inbox: set[str] = set()
         self._inbox_lock = threading.Lock()
@@ -211,6 +212,24 @@ class Reconciler:
         self._hint(LOOK_AT_ALL, AT_ONCE)
 
     # What callers ask for.
+
+    @property
+    def trouble(self) -> str:
+        """Why the folder cannot be looked at, or not be acted upon, as of the last full look.
+
+        Empty when all is well, and while there is no folder. May be asked from any thread.
+        """
+        return self._complaint
+
+    @property
+    def queue_depth(self) -> int:
+        """How many sessions are to be looked at now, or are in work. From any thread."""
+        return self._hints.depth(time.monotonic())
+
+    @property
+    def lost_events(self) -> int:
+        """How often the system has said that file events were lost. From any thread."""
+        return self._watcher.overflows
 
     async def spawn(self, sid: str | None = None, **options: Any) -> SpawnedKeeper:  # noqa: ANN401 - the manager's
         """Start a session that is wanted from now on; see `KeeperManager.spawn`."""
@@ -502,8 +521,8 @@ class Reconciler:
 
     def _look_at_all(self) -> None:
         """Ask for a look at every session that has a file, a keeper or a row."""
-        if self._metrics is not None:
-            self._metrics.looked_at_all()
+        if self.metrics is not None:
+            self.metrics.looked_at_all()
         try:
             self._serve_folder()
             self._watcher.recheck()

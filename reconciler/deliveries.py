@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -191,3 +192,19 @@ class StreamBrokenError(Exception):
 
     def __reduce__(self) -> tuple[type[Self], tuple[ManyDelivery]]:
         return type(self), (self.delivery,)
+
+
+OnDelivery = Callable[[Delivery], None]
+"""Is told what became of a write, in the thread that wrote."""
+
+
+def tell(listener: OnDelivery | None, delivery: Delivery) -> None:
+    """Tell who wants to know; an error of theirs changes nothing about the delivery."""
+    if listener is None:
+        return
+    try:
+        listener(delivery)
+    except Exception:
+        import logging  # noqa: PLC0415 - a writer does without it
+
+        logging.getLogger("reconciler").exception("on_delivery has failed")

@@ -16,10 +16,12 @@ from reconciler.deliveries import (
     RECEIPTS,
     Attempt,
     ManyDelivery,
+    OnDelivery,
     Outcome,
     Reason,
     StreamBrokenError,
     WritePolicy,
+    tell,
 )
 from reconciler.lanes import Lanes, Turn
 from reconciler.link import Link, connect
@@ -50,11 +52,14 @@ class Switches:
 class Desk:
     """What the exchanges of one writer share."""
 
-    def __init__(self, folder: Path, policy: WritePolicy) -> None:
+    def __init__(
+        self, folder: Path, policy: WritePolicy, on_delivery: OnDelivery | None = None
+    ) -> None:
         if sys.platform != "linux":
             raise NotImplementedError("receipts and the check of the peer need Linux")
         self.folder = folder
         self.policy = policy
+        self.on_delivery = on_delivery
         self.lanes = Lanes()
         self.trust = Trust()
         self.keys = _Keys()
@@ -352,6 +357,7 @@ class Exchange:
         if self.ended is None:
             self._hang_up(reason)
             self.ended = self._delivery(reason)
+            tell(self._desk.on_delivery, self.ended)
         return self.ended
 
     def _delivery(self, reason: Reason) -> ManyDelivery:

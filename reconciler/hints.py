@@ -53,6 +53,10 @@ class Hints:
         """Nobody need look at ``key`` any more."""
         self._due.pop(key, None)
 
+    def depth(self, now: float) -> int:
+        """How many keys are due or in work; may be asked from any thread."""
+        return sum(due <= now for due in tuple(self._due.values())) + len(self._in_work)
+
     def next_due(self) -> float | None:
         """When the first key is due, or None."""
         while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:

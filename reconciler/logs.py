@@ -140,11 +140,16 @@ class _Sink:
         with contextlib.suppress(OSError, ValueError):
             if stream is not None:
                 self._writer = _Writer(stream.fileno())
+        _SINKS.add(self)
+
+    @property
+    def lost(self) -> int:
+        """How many lines were dropped."""
+        return self._dropped + (self._writer.lost if self._writer is not None else 0)
 
     def confess(self, event: EventDict) -> None:
         """Once lines were dropped, each later one says how many."""
-        lost = self._dropped + (self._writer.lost if self._writer is not None else 0)
-        if lost:
+        if lost := self.lost:
             event["lines_dropped"] = lost
 
     def msg(self, line: bytes) -> None:
@@ -163,6 +168,14 @@ class _Sink:
             stream.flush()
             return True
         return False
+
+
+_SINKS: weakref.WeakSet[_Sink] = weakref.WeakSet()
+
+
+def dropped() -> int:
+    """How many lines this process's loggers have dropped; from any thread."""
+    return sum(sink.lost for sink in tuple(_SINKS))
 
 
 class _Writer:

@@ -1,4 +1,4 @@
-"""Which numbers a setting may be: for a room's dataclass to say, without what checks it."""
+"""Which values a setting may have: for a room's dataclass to say, without what checks it."""
 
 from __future__ import annotations
 
@@ -24,3 +24,18 @@ class Range(NamedTuple):
         if self.above:
             return f"{self.unit} above {self.low}, {self.high} at most"
         return f"{self.unit} from {self.low} to {self.high}"
+
+
+class Pattern(NamedTuple):
+    """The texts that a regular expression finds something in, as in ``Annotated[str, Pattern(…)]``.
+
+    Attributes:
+        regex: the expression.
+        words: what it allows, for an error's words.
+    """
+
+    regex: str
+    words: str
+
+    def __str__(self) -> str:
+        return self.words

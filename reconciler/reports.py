@@ -79,6 +79,8 @@ class Reporter:
 
     def judged(self, seen: Observation, plan: Plan, *, acting: bool) -> None:
         """The judgement of a session is a new one."""
+        if self._metrics is not None:
+            self._metrics.judged(plan.verdict, plan.reason)
         if plan.actions and not acting:
             actions = [type(action).__name__ for action in plan.actions]
             self._tell(self._log.info, "session.planned", seen, plan, actions=actions)
@@ -91,7 +93,7 @@ class Reporter:
         """An action was carried out, or could not be."""
         event = _EVENTS[type(done.action)]
         if self._metrics is not None:
-            self._metrics.acted(event, plan.reason, success=done.success)
+            self._metrics.acted(event, plan.reason, done.duration, success=done.success)
         more: dict[str, object] = {
             "detail": done.detail,
             "duration_ms": round(done.duration * 1000, 3),
@@ -110,6 +112,8 @@ class Reporter:
 
     def failed(self, sid: str, error: Exception, retry: float, *, again: bool = False) -> None:
         """Looking at a session, or acting on it, ended with an error: a new one, or again."""
+        if self._metrics is not None:
+            self._metrics.failed(error)
         log = self._log.debug if again else self._log.error
         log(
             "session.failed",

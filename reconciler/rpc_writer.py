@@ -23,6 +23,7 @@ from reconciler.deliveries import (
     Attempt,
     Delivery,
     ManyDelivery,
+    OnDelivery,
     Outcome,
     Reason,
     StreamBrokenError,
@@ -62,13 +63,22 @@ class RpcWriter:
     Args:
         sessions_dir: the folder with the sockets.
         policy: how long to try.
+        on_delivery: called with what became of each write or stream once it is over, for
+            instance `reconciler.metrics.DeliveryMetrics.delivered`. It must be quick. One that
+            was cancelled is not told.
 
     Raises:
         NotImplementedError: on a system other than Linux.
     """
 
-    def __init__(self, sessions_dir: Path, *, policy: WritePolicy = _DEFAULT_POLICY) -> None:
-        self._desk = Desk(sessions_dir, policy)
+    def __init__(
+        self,
+        sessions_dir: Path,
+        *,
+        policy: WritePolicy = _DEFAULT_POLICY,
+        on_delivery: OnDelivery | None = None,
+    ) -> None:
+        self._desk = Desk(sessions_dir, policy, on_delivery)
 
     async def write(
         self,
@@ -140,8 +150,14 @@ class BlockingRpcWriter:
     Same arguments, methods, results and errors, to the letter.
     """
 
-    def __init__(self, sessions_dir: Path, *, policy: WritePolicy = _DEFAULT_POLICY) -> None:
-        self._desk = Desk(sessions_dir, policy)
+    def __init__(
+        self,
+        sessions_dir: Path,
+        *,
+        policy: WritePolicy = _DEFAULT_POLICY,
+        on_delivery: OnDelivery | None = None,
+    ) -> None:
+        self._desk = Desk(sessions_dir, policy, on_delivery)
 
     def write(
         self, sid: str, message: Message, *, timeout: float | None = None, key: str | None = None

@@ -19,10 +19,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from reconciler.addresses import MetricsSettings
 from reconciler.budget import LogBudget
 from reconciler.ladder import Ladder
 from reconciler.logs import LogSettings
-from reconciler.ranges import Range
+from reconciler.ranges import Pattern, Range
 from reconciler.rpc_writer import WritePolicy
 from reconciler.state import Policy
 
@@ -46,6 +47,7 @@ TABLES: Mapping[str, type] = {
     "write": WritePolicy,
     "log": LogSettings,
     "log_budget": LogBudget,
+    "metrics": MetricsSettings,
 }
 """Every table of the file, and the dataclass that its keys are the fields of."""
 
@@ -130,7 +132,7 @@ _KINDS: Mapping[Any, tuple[Any, str]] = {
     int: (_number(int, _COUNT), str(_COUNT)),
     tuple[float, ...]: (Pauses, f"a list of {_PAUSE}"),
 }
-"""What a plain annotation stands for; an `Annotated` one says its own `Range`."""
+"""What a plain annotation stands for; an `Annotated` one says its own `Range` or `Pattern`."""
 
 
 def _kind(hint: Any) -> tuple[Any, str]:  # noqa: ANN401 - a type
@@ -138,6 +140,8 @@ def _kind(hint: Any) -> tuple[Any, str]:  # noqa: ANN401 - a type
         return hint, f"one of {', '.join(typing.get_args(hint))}"
     if typing.get_origin(hint) is Annotated:
         kind, span = typing.get_args(hint)
+        if isinstance(span, Pattern):
+            return Annotated[kind, msgspec.Meta(pattern=span.regex)], str(span)
         return _number(kind, span), str(span)
     return _KINDS[hint]
 

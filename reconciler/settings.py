@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
+    from reconciler.addresses import MetricsSettings
     from reconciler.budget import LogBudget
     from reconciler.ladder import Ladder
     from reconciler.logs import LogSettings
@@ -70,6 +71,7 @@ class Settings(NamedTuple):
         write: how lines are delivered.
         log: how the program's own log is written.
         log_budget: what the sessions' logs may cost.
+        metrics: where metrics and health are to be had.
     """
 
     sessions_dir: Path | None = None
@@ -82,6 +84,7 @@ class Settings(NamedTuple):
     write: WritePolicy | None = None
     log: LogSettings | None = None
     log_budget: LogBudget | None = None
+    metrics: MetricsSettings | None = None
 
 
 class Loaded(NamedTuple):

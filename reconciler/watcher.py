@@ -73,6 +73,11 @@ class SessionsWatcher:
         """
         return self._events.descriptor
 
+    @property
+    def overflows(self) -> int:
+        """How often the system's queue of events ran over, and events were lost."""
+        return self._events.overflows
+
     def read(self) -> frozenset[str]:
         """The sessions that events have named; never waits."""
         return self._events.read()
@@ -164,6 +169,7 @@ if sys.platform == "linux":
 
         def __init__(self) -> None:
             self.named: set[str] = set()
+            self.overflows = 0
             self._inotifies: dict[int, _Inotify] = {}
             self._epoll = select.epoll()
             self.descriptor: int | None = self._epoll.fileno()
@@ -331,13 +337,14 @@ if sys.platform == "linux":
             del wd
             self._laid.changed()
 
-        def on_queue_overflow(self) -> None:
+        def on_queue_overflow(self) -> None:  # the sessions folder's watch counts it
             self._laid.changed()
 
     class _SessionsFolder(_FolderAbove):
         """The watch on the sessions folder itself; its entries are told of elsewhere."""
 
         def on_queue_overflow(self) -> None:
+            self._laid.emitter.events.overflows += 1
             self._laid.emitter.ask_for_all()
 
     class _FolderEmitter(EventEmitter):
@@ -445,6 +452,7 @@ else:
     class _Events:
         """Nothing is read here: all hints come from the observer's thread."""
 
+        overflows = 0
         descriptor: int | None = None
 
         def close(self) -> None:

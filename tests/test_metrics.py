@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from conftest import SINK, stale_pair
 from prometheus_client.parser import text_string_to_metric_families
 
 from reconciler import KeeperManager, Reconciler
+from reconciler.exposition import Exposition, Health
 from reconciler.metrics import Metrics
 from reconciler.state import (
     Agent,
@@ -53,20 +53,18 @@ class Served:
     """Makes metrics, and exposes them over HTTP until it is closed."""
 
     def __init__(self) -> None:
-        self.port = 0
-        self._ending = contextlib.ExitStack()
+        self.exposition = Exposition("127.0.0.1", 0)
+        self.port = self.exposition.port
+        self.health = Health(healthy=True, reason="", sessions=0, loop_silence_s=0.1)
 
     def __call__(self, sessions: SessionTable) -> Metrics:
         metrics = Metrics(sessions)
-        server, thread = metrics.serve("127.0.0.1", 0)
-        self._ending.callback(thread.join)
-        self._ending.callback(server.server_close)
-        self._ending.callback(server.shutdown)
-        self.port = server.server_port
+        self.exposition.start(metrics.registry, lambda: self.health)
         return metrics
 
     def close(self) -> None:
-        self._ending.close()
+        self.exposition.close()
+        self.exposition.close()
 
 
 @pytest.fixture
@@ -188,6 +186,5 @@ def test_sessions_that_were_there_before_are_counted_and_a_reset_is_followed() -
 
 
 def test_an_address_that_is_taken_is_an_error(served: Served) -> None:
-    served(SessionTable())
     with pytest.raises(OSError, match="Address already in use"):
-        Metrics(SessionTable()).serve("127.0.0.1", served.port)
+        Exposition("127.0.0.1", served.port)

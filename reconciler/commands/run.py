@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from reconciler.console import FAILURE, Common, fail, pass_common, seconds
+from reconciler.addresses import MetricsSettings, host_and_port
+from reconciler.console import BAD_SETTINGS, FAILURE, USAGE, Common, fail, pass_common, seconds
+from reconciler.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     import asyncio
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from reconciler.controller import Reconciler
+    from reconciler.exposition import Exposition
     from reconciler.metrics import Metrics
     from reconciler.reloads import Reloads
     from reconciler.settings import Settings
@@ -29,10 +32,10 @@ def _address(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     """``HOST:PORT``, split."""
     if value is None:
         return None
-    host, _colon, port = value.rpartition(":")
-    if not host or not port.isdecimal() or int(port) >= 1 << 16:
-        raise click.BadParameter(f"{value!r} is not HOST:PORT")
-    return host.strip("[]"), int(port)
+    try:
+        return host_and_port(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command(short_help="Keep the sessions folder right.")
@@ -59,7 +62,10 @@ def _address(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
     "--metrics",
     callback=_address,
     metavar="HOST:PORT",
-    help="Expose metrics for Prometheus there, for instance 127.0.0.1:9464.  [default: off]",
+    help="Answer /metrics and /healthz there, for instance 127.0.0.1:9464.  [default: off]",
+)
+@click.option(
+    "--metrics-public", is_flag=True, help="Let --metrics be an address that other machines reach."
 )
 @pass_common
 def run(
@@ -71,6 +77,7 @@ def run(
     log_level: Any,  # noqa: ANN401 - one of click's choices
     log_form: Any,  # noqa: ANN401 - one of click's choices
     metrics: tuple[str, int] | None,
+    metrics_public: bool,
 ) -> None:
     """Keep the sessions folder right: the background process.
 
@@ -98,13 +105,14 @@ def run(
     said = settings.log or LogSettings()
     level, form = log_level or said.level, log_form or said.form
     log = make_logger(sys.stdout, level, form, colors=given.colors)
+    exposition = _exposition(settings, metrics, public=metrics_public)
     reconciler = Reconciler(
         given.manager(),
         resync=resync or settings.resync,
         dry_run=dry_run,
         logger=log,
-        metrics=_metrics(*metrics) if metrics else None,
         log_budget=settings.log_budget,
+        metrics=_counting() if exposition else None,
     )
     flags = _flags(given, {"resync": resync, "log.level": log_level, "log.form": log_form})
     reloads = functools.partial(
@@ -113,7 +121,7 @@ def run(
     _raise_descriptor_limit()
     gc.freeze()  # a full collection holds the loop up: it need not walk all that was imported
     gc.enable()
-    asyncio.run(_serve(reconciler, reloads, once=once))
+    asyncio.run(_serve(reconciler, reloads, exposition, once=once))
 
 
 @contextlib.contextmanager
@@ -132,18 +140,31 @@ def _left_out(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def _metrics(host: str, port: int) -> Callable[[SessionTable], Metrics]:
+def _exposition(
+    settings: Settings, asked: tuple[str, int] | None, *, public: bool
+) -> Exposition | None:
+    """Where metrics and health are to be had: as the flag says, or else the settings."""
+    said = settings.metrics or MetricsSettings()
+    if asked is None and not said.address:
+        return None
+    from reconciler.exposition import Exposition
+
+    try:
+        return Exposition(*asked or host_and_port(said.address), public=public or said.public)
+    except (InvalidRequestError, ValueError) as error:
+        fail(f"metrics: {error}", USAGE if asked else BAD_SETTINGS)
+    except OSError as error:
+        where = "{}:{}".format(*asked) if asked else said.address
+        fail(f"metrics cannot be exposed on {where}: {error.strerror}", FAILURE)
+
+
+def _counting() -> Callable[[SessionTable], Metrics]:
+    import prometheus_client
+
     from reconciler.metrics import Metrics
 
-    def expose(sessions: SessionTable) -> Metrics:
-        metrics = Metrics(sessions)
-        try:
-            metrics.serve(host, port)
-        except OSError as error:
-            fail(f"metrics cannot be exposed on {host}:{port}: {error.strerror}", FAILURE)
-        return metrics
-
-    return expose
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # twice the lines
+    return Metrics
 
 
 def _flags(given: Common, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,19 +189,28 @@ def _taker(
 
 
 async def _serve(
-    reconciler: Reconciler, make_reloads: Callable[[], Reloads], *, once: bool
+    reconciler: Reconciler,
+    make_reloads: Callable[..., Reloads],
+    exposition: Exposition | None,
+    *,
+    once: bool,
 ) -> None:
     import asyncio
     import signal
+
+    from reconciler.logs import dropped
+    from reconciler.notify import Notifier
+    from reconciler.oversight import Oversight
 
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    reloads = make_reloads()
+    notifier = Notifier(os.environ)
+    reloads = make_reloads(begun=notifier.reloading, over=notifier.ready)
     has_hung_up = _terminals()
     loop.add_signal_handler(signal.SIGHUP, lambda: asked.set() if has_hung_up() else reloads.ask())
-    async with reconciler:
+    async with reconciler, Oversight(reconciler, notifier, exposition, dropped):
         reasons: set[asyncio.Task[Any]] = {loop.create_task(asked.wait())}
         if once:
             reasons.add(loop.create_task(reconciler.settled()))
