@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from reconciler.identity import KNOWN_PROGRAMS
 from reconciler.layout import SESSION_MARKER, keeper_arguments
@@ -19,6 +20,7 @@ from reconciler.state import (
     AgentState,
     Entry,
     EntryKind,
+    Keeper,
     KeeperState,
     Observation,
     ProcessId,
@@ -35,6 +37,16 @@ BIRTH_WINDOW = (-1.0, 5.0)
 """Seconds from an agent's start until its pid file was written; keepers do so right after
 the start. A clock that was set puts every process outside of it, which makes the agent
 unverifiable and harms nobody."""
+
+
+class Sighting(NamedTuple):
+    """What a look has seen by the time that it asks for the agent."""
+
+    sid: str
+    now: float
+    keeper: Keeper
+    pid_file: Entry
+    agent_file: Entry
 
 
 class Agents:
@@ -61,13 +73,13 @@ class Agents:
 
     def find(
         self,
-        seen: Observation,
+        seen: Sighting,
         before: Observation | None,
     ) -> Agent:
         """The agent of the session.
 
         Args:
-            seen: the look under way; its own agent is not yet filled in.
+            seen: the look under way.
             before: the look before it.
         """
         keeper = seen.keeper
@@ -84,7 +96,7 @@ class Agents:
             return replace(found, since=before.agent.since)
         return found
 
-    def _of_living(self, seen: Observation, keeper: ProcessId, before: Agent | None) -> Agent:
+    def _of_living(self, seen: Sighting, keeper: ProcessId, before: Agent | None) -> Agent:
         """The agent of a living keeper: its direct child."""
         word = self._agent_probe(seen.sid, keeper.pid) if self._agent_probe else None
         if word is False:
@@ -116,7 +128,7 @@ class Agents:
         evidence = f"process {pid} is the keeper's child"
         return Agent(AgentState.ALIVE, now, facts.process, proven=True, evidence=evidence)
 
-    def _of_dead(self, seen: Observation, before: Agent | None) -> Agent:
+    def _of_dead(self, seen: Sighting, before: Agent | None) -> Agent:
         """The agent that a dead keeper left behind, if it can be found."""
         if before is not None and before.proven and before.process is not None:
             facts = self._processes.facts(before.process.pid)
@@ -134,7 +146,7 @@ class Agents:
                 return self._left(seen, pid)
         return Agent(AgentState.NEVER_SEEN, seen.now)
 
-    def _outlived(self, seen: Observation, before: Agent, process: ProcessId) -> Agent:
+    def _outlived(self, seen: Sighting, before: Agent, process: ProcessId) -> Agent:
         """The child of a keeper that is dead: its agent, unless it is the keeper itself.
 
         A keeper that detaches is the child of its first process until that one ends.
@@ -149,7 +161,7 @@ class Agents:
             return Agent(AgentState.NEVER_SEEN, seen.now, evidence=evidence)
         return replace(before, since=seen.now)
 
-    def _left(self, seen: Observation, pid: int) -> Agent:
+    def _left(self, seen: Sighting, pid: int) -> Agent:
         """Whether a process is what the dead keeper of the session left behind."""
         facts = self._processes.facts(pid)
         gone = Agent(AgentState.GONE, seen.now, evidence=f"agent {pid} is gone")
@@ -180,7 +192,7 @@ class Agents:
         return run.sid if run else ""
 
 
-def _evidence_of_end(seen: Observation, before: Agent | None, children: tuple[int, ...]) -> str:
+def _evidence_of_end(seen: Sighting, before: Agent | None, children: tuple[int, ...]) -> str:
     """Why the agent of a living keeper that has no living child is known to be gone.
 
     What the agent pid file says counts when the pid file beside it is this keeper's.
@@ -198,7 +210,7 @@ def _evidence_of_end(seen: Observation, before: Agent | None, children: tuple[in
     return ""
 
 
-def _born_for(seen: Observation, facts: Facts) -> bool:
+def _born_for(seen: Sighting, facts: Facts) -> bool:
     """Whether a process started as the agent of the keeper that the files name.
 
     It is in the session (setsid) that the keeper led, whose pid is nobody's now: the kernel

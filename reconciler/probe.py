@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from reconciler.agents import AgentProbe, Agents
+from reconciler.agents import AgentProbe, Agents, Sighting
 from reconciler.folder import Folder
 from reconciler.identity import KNOWN_PROGRAMS, NOBODY, NOT_ASKED, Asked, Identity
 from reconciler.layout import Role, check_sid, file_name
@@ -21,7 +21,6 @@ from reconciler.processes import SYSTEM, Processes
 from reconciler.registry import Registry
 from reconciler.state import (
     Agent,
-    AgentState,
     Entry,
     EntryKind,
     Keeper,
@@ -128,7 +127,8 @@ class Probe:
         if keeper.state in {KeeperState.NONE, KeeperState.RECYCLED}:
             keeper, *rivals = rivals or [self._without_proof(sid, before) or keeper]
         leftovers = self._left(sid, keeper, before, scanned, marked)
-        seen = Observation(
+        agent = self._agents.find(Sighting(sid, now, keeper, pid_file, agent_file), before)
+        return Observation(
             sid=sid,
             now=now,
             pid_file=pid_file,
@@ -137,14 +137,13 @@ class Probe:
             keeper=keeper,
             listening=asked.listening,
             listener=asked.listener,
-            agent=Agent(AgentState.UNKNOWN, now),
+            agent=agent,
             rivals=tuple(rivals),
             remote=self.folder.remote,
             seen_alive=_seen_alive(keeper, pid_file, socket, before),
+            leftovers=_without(leftovers, agent),
             leave=bool(leftovers) and leaves(self.folder, sid),
         )
-        agent = self._agents.find(seen, before)
-        return replace(seen, agent=agent, leftovers=_without(leftovers, agent))
 
     def scan(self) -> Mapping[str, list[int]]:
         """The pids of all processes that run a known keeper program, by session id."""

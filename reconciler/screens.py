@@ -90,13 +90,16 @@ def everything(finding: Finding, folder: Path) -> dict[str, Any]:
     }
 
 
+_NOTHING_TO_READ = frozenset({"now", "since", "sid", "text", "changed_ns"})
+
+
 def _telling(facts: Any) -> Any:  # noqa: ANN401 - plain JSON values
     """Leave out what says nothing: empty texts, unknown numbers, monotonic stamps."""
     if isinstance(facts, dict):
         return {
             key: _telling(value)
             for key, value in facts.items()
-            if value not in ("", None, [], 0) and key not in {"now", "since", "sid", "text"}
+            if value not in ("", None, [], 0) and key not in _NOTHING_TO_READ
         }
     if isinstance(facts, list | tuple):
         return [_telling(value) for value in facts]

@@ -596,7 +596,7 @@ class SessionTable(Mapping[str, Session]):
             leftovers that were not known.
         """
         before = self.row(seen.sid)
-        after = replace(before, seen=seen, plan=plan)
+        after = Session(seen.sid, before.desired, seen, plan)
         if plan.verdict is Verdict.ABSENT:
             after = replace(after, desired=Desired.AS_FOUND)
             self._rows.pop(seen.sid, None)

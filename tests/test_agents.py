@@ -12,14 +12,14 @@ import pytest
 from conftest import alive, dead_pid, identity, until
 from stand_ins import WAITS, agent_of, keeper_without_agent, kill, running, spawn
 
-from reconciler.agents import SPAWNED, AgentProbe, Agents
+from reconciler.agents import SPAWNED, AgentProbe, Agents, Sighting
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import SESSION_MARKER, registry_file
 from reconciler.probe import Probe
 from reconciler.processes import DEAD, HIDDEN, LINUX, Facts, Processes
 from reconciler.registry import Registry
-from reconciler.state import Agent, AgentState, KeeperState, Observation
+from reconciler.state import Agent, AgentState, KeeperState
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 YEAR = 365 * 24 * 3600
@@ -513,6 +513,7 @@ def test_an_agent_that_was_seen_as_the_child_of_the_dead_keeper(
 def test_without_any_source(opened: Folder) -> None:
     """A bare finder works on facts alone."""
     system: Processes = LINUX
-    seen: Observation = Probe(opened).look(SID)
-    found = Agents(processes=system).find(seen, None)
+    seen = Probe(opened).look(SID)
+    sighting = Sighting(SID, seen.now, seen.keeper, seen.pid_file, seen.agent_file)
+    found = Agents(processes=system).find(sighting, None)
     assert found == Agent(AgentState.NEVER_SEEN, seen.now)
