@@ -96,6 +96,9 @@ LEASE_BYTES = 1024 * 1024  # ... this much, while others wait for it
 SILENCE = 1.0  # seconds without progress after which a connection may have to make room
 SAY_AGAIN_AFTER = 10.0  # seconds between two log lines on the same kind of refusal
 
+WELCOME_TURNS = 3  # for a new connection at once: a key, lines, the end
+PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+
 LF = 0x0A
 STDERR = 2
 ENDING = (signal.SIGTERM, signal.SIGINT)
@@ -410,7 +413,7 @@ if sys.platform == "linux":
             self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
 
         def remove(self, fd: int) -> None:
-            """Tell no more; to be called before the descriptor is closed."""
+            """Tell no more; a descriptor that is closed is removed by that."""
             self._epoll.unregister(fd)
 
         def await_room(self, fd: int) -> None:
@@ -436,7 +439,7 @@ else:
             self._change(fd, select.KQ_FILTER_READ, select.KQ_EV_ADD | select.KQ_EV_CLEAR)
 
         def remove(self, fd: int) -> None:
-            """Tell no more; to be called before the descriptor is closed."""
+            """Tell no more; a descriptor that is closed is removed by that."""
             self._change(fd, self._filters[fd], select.KQ_EV_DELETE)
 
         def await_room(self, fd: int) -> None:
@@ -516,6 +519,7 @@ class Wire:
         self._full = False  # the pipe takes no more
         self._deaf = False  # the agent reads no more
         self._knocks = False  # somebody may wait at the door while there is no room
+        self._more = False  # somebody may wait at the door, though there is room
 
     # What the loop calls.
 
@@ -529,8 +533,9 @@ class Wire:
         self._poller.add(listener.fileno())
 
     def accept(self) -> None:
-        """Let in whoever waits, as long as there is room."""
-        while self._listener is not None:
+        """Let in whoever waits, as long as there is room, but not for ever."""
+        self._more = False
+        for _ in range(MAX_CONNECTIONS if self._listener is not None else 0):
             self._knocks = len(self._connections) >= MAX_CONNECTIONS
             if self._knocks:
                 return
@@ -545,6 +550,7 @@ class Wire:
                 self._admit(sock)
             except OSError:
                 sock.close()
+        self._more = self._listener is not None
 
     def news(self, fd: int, *, eof: bool) -> None:
         """Bytes, or the end, have arrived for a connection."""
@@ -565,10 +571,12 @@ class Wire:
 
     def work_waits(self) -> bool:
         """Whether ``serve`` would do anything."""
-        return not self._full and bool(self._ready or self._owner)
+        return self._more or (not self._full and bool(self._ready or self._owner))
 
     def serve(self) -> None:
         """One turn for each connection that may have bytes, as long as the pipe takes them."""
+        if self._more:
+            self.accept()
         if self._owner is not None and not self._full:
             self._serve(self._owner)
         for connection in list(self._ready):
@@ -576,9 +584,13 @@ class Wire:
                 return
             if connection in self._ready:
                 self._serve(connection)
+            if connection.eof and connection in self._ready and not self._full:
+                self._serve(connection)  # most likely its last: its client waits for the end
 
     def deadline(self) -> float:
         """When ``tick`` has something to do, by ``time.monotonic``; infinity: never."""
+        if not (self._held or self._waiters or self._knocks):
+            return float("inf")
         times = []
         if self._held:
             times.append(next(iter(self._held.values())) + HOLD_LAST_BYTE)
@@ -590,6 +602,8 @@ class Wire:
 
     def tick(self) -> None:
         """Carry out what has come due."""
+        if not (self._held or self._waiters or self._knocks):
+            return
         now = time.monotonic()
         for connection, since in list(self._held.items()):
             if since + HOLD_LAST_BYTE > now:
@@ -618,7 +632,7 @@ class Wire:
             self._forward_last(connection)
             return
         try:
-            size = connection.sock.recv_into(self._buffer, CHUNK, socket.MSG_PEEK)
+            size = connection.sock.recv_into(self._buffer, CHUNK, PEEK)
         except BlockingIOError:
             return
         connection.eof |= size == 0
@@ -847,9 +861,18 @@ class Wire:
             sock.close()
             self._log.say_rarely("connection_refused", "the agent reads no more")
         else:
-            sock.setblocking(False)
-            self._poller.add(sock.fileno())
-            self._connections[sock.fileno()] = Connection(sock, time.monotonic())
+            self._welcome(sock.fileno(), Connection(sock, time.monotonic()))
+
+    def _welcome(self, fd: int, connection: Connection) -> None:
+        """Serve at once what has come already: of a short line, often all, the end included."""
+        self._connections[fd] = connection
+        self._ready[connection] = None
+        for _ in range(WELCOME_TURNS):
+            if self._full or self._owner is not None or connection not in self._ready:
+                break
+            self._serve(connection)
+        if fd in self._connections:
+            self._poller.add(fd)
 
     def _refuse(self, connection: Connection, kind: str, message: str) -> None:
         """Close with bytes unread, which its client sees as a reset."""
@@ -859,7 +882,6 @@ class Wire:
     def _close(self, connection: Connection) -> None:
         """Close the socket: end-of-stream for its client if all was taken, else a reset."""
         fd = connection.sock.fileno()
-        self._poller.remove(fd)
         del self._connections[fd]
         self._ready.pop(connection, None)
         self._held.pop(connection, None)
