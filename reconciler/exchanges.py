@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from reconciler.deliveries import (
 )
 from reconciler.lanes import Lanes, Turn
 from reconciler.link import Link, connect
-from reconciler.messages import InvalidMessageError, Message, encode_all, keyed
+from reconciler.messages import InvalidMessageError, Message, encode, encode_all, keyed
+from reconciler.peers import Peers
 from reconciler.trust import Trust
 from reconciler.waiting import (
     AttemptError,
@@ -62,27 +64,27 @@ class Desk:
         self.on_delivery = on_delivery
         self.lanes = Lanes()
         self.trust = Trust()
+        self.peers = Peers()
         self.keys = _Keys()
 
-    def exchange(
-        self, sid: str, messages: Iterable[Message] | None = None, key: str | None = None
-    ) -> Exchange:
-        """Check everything that the caller gave, before anything is done.
-
-        With a key there is one message.
-        """
+    def exchange(self, sid: str, messages: Iterable[Message] | None = None) -> Exchange:
+        """Check everything that the caller gave, before anything is done."""
         layout.check_sid(sid)
         if messages is None:
             return Exchange(self, sid)
         if isinstance(messages, str | bytes | Mapping):
             raise InvalidMessageError("give a list of messages, this is a single one")
-        data, ends = encode_all(messages)
-        if not ends:
+        data, count = encode_all(messages)
+        if not count:
             raise InvalidMessageError("there is no message")
-        if key is not None:
-            data = keyed(data, key)
-            ends = [len(data)]
-        return Exchange(self, sid, data, ends, key)
+        return Exchange(self, sid, data, count)
+
+    def single(self, sid: str, message: Message, key: str | None) -> Exchange:
+        """The same for one message, that may have a key."""
+        layout.check_sid(sid)
+        line = encode(message)
+        data = line if key is None else keyed(line, key)
+        return Exchange(self, sid, data, 1, key)
 
 
 class _Keys:
@@ -120,8 +122,8 @@ class Exchange:
         self,
         desk: Desk,
         sid: str,
-        data: bytes = b"",
-        ends: Sequence[int] = (),
+        data: bytes | bytearray = b"",
+        count: int = 0,
         key: str | None = None,
     ) -> None:
         self.sid = sid
@@ -139,21 +141,18 @@ class Exchange:
         self._refused = 0  # messages that never got to the connection
         self._taken = 0  # messages that the keeper has taken whole ...
         self._taken_end = 0  # ... and where the last of them ended
-        self._ends = deque(ends)  # where the others end
+        self._others = count  # whose ends were not looked for yet: most often nobody asks
+        self._known_ends: deque[int] = deque()  # where the others end
 
     # For the faces.
 
-    def turn(self) -> contextlib.AbstractContextManager[Turn]:
+    def turn(self) -> Turn:
         """Take a place in the session's lane."""
         return self._desk.lanes.turn(self.sid)
 
-    @contextlib.contextmanager
-    def settled(self) -> Iterator[None]:
-        """End a write with its delivery, whatever failed."""
-        try:
-            yield
-        except AttemptError as failure:
-            self._settle(_forgotten(failure).reason)
+    def failed(self, failure: AttemptError) -> ManyDelivery:
+        """End a write that failed with its delivery."""
+        return self._settle(_forgotten(failure).reason)
 
     @contextlib.contextmanager
     def unbroken(self) -> Iterator[None]:
@@ -205,23 +204,22 @@ class Exchange:
 
     def attempt(self, deadline: float) -> Script[None]:
         """Connect, send everything, take the receipt."""
-        with self._noted():
+        with _Noted(self):
             patience = Patience(self._desk.policy, deadline)
             link = yield from self._connected(patience)
-            with self._once(link):
-                yield from link.send(self._data, patience)
-                reason = yield from link.finish(patience)
+            if self._key is None:
+                reason = yield from link.deliver(self._data, patience)
+            else:
+                with self._once(link, self._key):
+                    reason = yield from link.deliver(self._data, patience)
             self._settle(reason)
 
     @contextlib.contextmanager
-    def _once(self, link: Link) -> Iterator[None]:
+    def _once(self, link: Link, key: str) -> Iterator[None]:
         """With a key: to one keeper that understands it alone; to that one, once more."""
-        if self._key is None:
-            yield
-            return
-        if self._desk.keys.keeper(self.sid, self._key) not in {None, link.peer.process}:
+        if self._desk.keys.keeper(self.sid, key) not in {None, link.peer.process}:
             raise FinalError(Reason.KEEPER_REPLACED)
-        if not link.peer.keys:
+        if not link.shows_keys(self.sid):
             raise FinalError(Reason.NO_KEYS)
         try:
             yield
@@ -231,7 +229,7 @@ class Exchange:
             raise TransientError(failure.reason) from None
         finally:
             if link.handed:
-                self._desk.keys.handed(self.sid, self._key, link.peer.process)
+                self._desk.keys.handed(self.sid, key, link.peer.process)
 
     def _all_taken(self) -> bool:
         self._strike_taken()
@@ -239,7 +237,7 @@ class Exchange:
 
     def opening(self, deadline: float) -> Script[None]:
         """Open a stream."""
-        with self._noted():
+        with _Noted(self):
             link = yield from self._connected(Patience(self._desk.policy, deadline))
             self._desk.lanes.add_stream(self.sid, link)
 
@@ -268,8 +266,10 @@ class Exchange:
         self._link = None
         if patience.over:
             raise TransientError(Reason.TIMED_OUT_BEFORE)
-        yield from self._streams_first(patience)
-        self._link = yield from connect(self._desk.folder, self.sid, patience, self._desk.trust)
+        desk = self._desk
+        if desk.lanes.streams(self.sid):
+            yield from self._streams_first(patience)
+        self._link = yield from connect(desk.folder, self.sid, patience, desk.trust, desk.peers)
         return self._link
 
     def _streams_first(self, patience: Patience) -> Script[None]:
@@ -313,6 +313,14 @@ class Exchange:
 
     # The account.
 
+    @property
+    def _ends(self) -> deque[int]:
+        """Where the messages end that are not known to be taken: each at its line feed."""
+        if self._others:
+            self._others = 0
+            self._known_ends.extend(found.end() for found in re.finditer(b"\n", self._data))
+        return self._known_ends
+
     def _add(self, line: bytes) -> None:
         self._size += len(line)
         self._ends.append(self._size)
@@ -323,19 +331,15 @@ class Exchange:
             self._taken_end = self._ends.popleft()
             self._taken += 1
 
-    @contextlib.contextmanager
-    def _noted(self) -> Iterator[None]:
-        """Keep the account of one attempt."""
+    def begin_attempt(self) -> None:
+        """An attempt is on."""
         self._tried = time.monotonic()
         self._live = True
-        try:
-            yield
-        except AttemptError as failure:
-            self._hang_up(failure.reason)
-            raise
-        except BaseException:
-            self._hang_up(Reason.ABANDONED)
-            raise
+
+    def end_attempt(self, failure: BaseException) -> None:
+        """The attempt that was on has failed."""
+        reason = failure.reason if isinstance(failure, AttemptError) else Reason.ABANDONED
+        self._hang_up(reason)
 
     def _hang_up(self, reason: Reason) -> None:
         """End the attempt that is on, if one is."""
@@ -361,20 +365,16 @@ class Exchange:
         return self.ended
 
     def _delivery(self, reason: Reason) -> ManyDelivery:
-        total = self._taken + len(self._ends) + self._refused
-        if reason in RECEIPTS:
-            confirmed, unsent = total, 0
-        else:
+        total = self._taken + self._others + len(self._known_ends) + self._refused
+        confirmed, unsent, outcome = total, 0, Outcome.DELIVERED
+        if reason not in RECEIPTS:
             self._strike_taken()
             confirmed = self._taken if self._link is not None and self._link.peer.ours else 0
             unsent = self._unsent()
-        if total and confirmed == total and reason not in RECEIPTS:
-            reason = Reason.TAKEN
-        outcome = Outcome.UNCONFIRMED
-        if reason in RECEIPTS or reason is Reason.TAKEN:
-            outcome = Outcome.DELIVERED
-        elif unsent == total:
-            outcome = Outcome.NOT_DELIVERED
+            if total and confirmed == total:
+                reason = Reason.TAKEN
+            else:
+                outcome = Outcome.NOT_DELIVERED if unsent == total else Outcome.UNCONFIRMED
         return ManyDelivery(
             sid=self.sid,
             outcome=outcome,
@@ -395,6 +395,22 @@ class Exchange:
         starts = (self._taken_end, *self._ends)[:-1]
         unsent = sum(start >= handed for start in starts)
         return self._refused + max(0, unsent - self._sending)
+
+
+class _Noted:
+    """Keeps the account of one attempt, for as long as the block lasts."""
+
+    __slots__ = ("_exchange",)
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def __enter__(self) -> None:
+        self._exchange.begin_attempt()
+
+    def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
+        if failure is not None:
+            self._exchange.end_attempt(failure)
 
 
 class Again:

@@ -535,7 +535,9 @@ class Wire:
     def accept(self) -> None:
         """Let in whoever waits, as long as there is room, but not for ever."""
         self._more = False
-        for _ in range(MAX_CONNECTIONS if self._listener is not None else 0):
+        if self._listener is None:
+            return
+        for _ in range(MAX_CONNECTIONS):
             self._knocks = len(self._connections) >= MAX_CONNECTIONS
             if self._knocks:
                 return
@@ -550,7 +552,7 @@ class Wire:
                 self._admit(sock)
             except OSError:
                 sock.close()
-        self._more = self._listener is not None
+        self._more = True
 
     def news(self, fd: int, *, eof: bool) -> None:
         """Bytes, or the end, have arrived for a connection."""

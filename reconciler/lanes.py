@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Self
 
 from reconciler.deliveries import Reason
 from reconciler.link import Link
@@ -14,13 +14,22 @@ from reconciler.waiting import FinalError, Moment, Script, Wait
 
 
 class Turn:
-    """A place in a session's lane; who is first has the turn."""
+    """A place in a session's lane, for as long as the block lasts; who is first has the turn."""
+
+    __slots__ = ("_lanes", "granted", "sid", "wake")
 
     def __init__(self, lanes: Lanes, sid: str) -> None:
         self._lanes = lanes
         self.sid = sid
         self.granted = False
         self.wake: Callable[[], object] | None = None
+
+    def __enter__(self) -> Self:
+        self._lanes.join(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lanes.leave(self)
 
     def granted_or(self, wake: Callable[[], object]) -> bool:
         """Whether the turn has come; else ``wake`` is called when it does, by any thread."""
@@ -38,6 +47,8 @@ class Turn:
 class _Lane:
     """Who writes to one session now and next, and which streams to it are open."""
 
+    __slots__ = ("streams", "turns")
+
     def __init__(self) -> None:
         self.turns: deque[Turn] = deque()
         self.streams: list[Link] = []
@@ -53,18 +64,18 @@ class Lanes:
     def __len__(self) -> int:
         return len(self._lanes)
 
-    @contextlib.contextmanager
-    def turn(self, sid: str) -> Iterator[Turn]:
-        """Take a place in the lane; wait for it with `Turn.come`."""
-        turn = Turn(self, sid)
+    def turn(self, sid: str) -> Turn:
+        """A place in the lane, taken when it is entered; wait for it with `Turn.come`."""
+        return Turn(self, sid)
+
+    def join(self, turn: Turn) -> None:
+        """Take the place at the end."""
         with self._lock:
-            turns = self._lanes.setdefault(sid, _Lane()).turns
-            turns.append(turn)
-            turn.granted = turns[0] is turn
-        try:
-            yield turn
-        finally:
-            self._leave(turn)
+            lane = self._lanes.get(turn.sid)
+            if lane is None:
+                lane = self._lanes[turn.sid] = _Lane()
+            lane.turns.append(turn)
+            turn.granted = lane.turns[0] is turn
 
     def granted_or(self, turn: Turn, wake: Callable[[], object]) -> bool:
         """`Turn.granted_or`."""
@@ -72,7 +83,8 @@ class Lanes:
             turn.wake = wake
             return turn.granted
 
-    def _leave(self, turn: Turn) -> None:
+    def leave(self, turn: Turn) -> None:
+        """Give the place up, and the turn to the next."""
         with self._lock:
             lane = self._lanes.get(turn.sid)
             if lane is None or turn not in lane.turns:  # passed over, see _grant

@@ -14,10 +14,10 @@ import termios
 import threading
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
 
 from reconciler import layout
 from reconciler.deliveries import Reason
+from reconciler.peers import Opened, Peer, Peers, shows_keys
 from reconciler.trust import Trust
 from reconciler.waiting import (
     AttemptError,
@@ -42,12 +42,6 @@ _TURN = 1 << 20
 _READS = 10
 # Reads at most of what a keeper says, at one look.
 
-_SHOWS_KEYS = ".//"
-# Before the socket's name in the name that a keeper is bound by, if it understands keys.
-
-_EXITING = 0x4  # PF_EXITING in the flags of /proc/<pid>/stat, set before descriptors close
-_PID_DIGITS = 10
-
 
 class _Heard(enum.Enum):
     """What the connection says while nobody answers on it."""
@@ -69,12 +63,19 @@ class _Ledger:
         taken: bytes surely read, the end of a piece.
     """
 
+    __slots__ = ("_explained", "_pieces", "_queued", "handed", "taken")
+
     def __init__(self) -> None:
         self.handed = 0
         self.taken = 0
         self._pieces: deque[tuple[int, int]] = deque()  # where each ends, what it takes
         self._explained = 0
         self._queued = 0  # when last looked at
+
+    def sent_alone(self, size: int) -> None:
+        """Enter the only piece: nothing has to be known of it but whether anything is queued."""
+        self.handed += size
+        self._pieces.append((self.handed, 0))
 
     def sent(self, size: int, queued: int) -> None:
         """Enter a piece, with what is queued now."""
@@ -85,12 +86,13 @@ class _Ledger:
         self._explained += weight
 
     def seen(self, queued: int) -> bool:
-        """Strike what must have been read; whether there is less queued than before."""
+        """Strike what must have been read; whether more was than before."""
         less = queued < self._queued
         self._queued = queued
         while self._pieces and self._explained - self._pieces[0][1] >= queued:
             self.taken, weight = self._pieces.popleft()
             self._explained -= weight
+            less = True
         return less
 
 
@@ -100,6 +102,8 @@ class Link:
     Our keeper reads the last byte of a line only once the line is in the agent's standard
     input: from it, what is taken is delivered.
     """
+
+    __slots__ = ("_heard", "_ledger", "_lock", "_sock", "_written", "peer")
 
     def __init__(self, sock: socket.socket, peer: Peer) -> None:
         self.peer = peer
@@ -119,6 +123,10 @@ class Link:
         """Bytes that the keeper has surely read."""
         return self._ledger.taken
 
+    def shows_keys(self, sid: str) -> bool:
+        """Whether the keeper shows that it understands keys."""
+        return shows_keys(self._sock, sid)
+
     def close(self) -> None:
         """Close the connection: the keeper gets what was handed over, and no more."""
         with self._lock:
@@ -129,7 +137,23 @@ class Link:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def send(self, data: bytes, patience: Patience) -> Script[None]:
+    def deliver(self, data: bytes | bytearray, patience: Patience) -> Script[Reason]:
+        """Hand everything to the kernel, say that this was all, and wait for the receipt."""
+        sent = self._send_alone(data) if len(data) <= _PIECE else 0
+        if sent < len(data):
+            yield from self.send(memoryview(data)[sent:], patience)
+        return (yield from self.finish(patience))
+
+    def _send_alone(self, data: bytes | bytearray) -> int:
+        """Hand the only piece over, if it goes at once: there is nothing to measure yet."""
+        try:
+            sent = self._sock.send(data)
+        except OSError:  # `send` meets it again, and says what it means
+            return 0
+        self._ledger.sent_alone(sent)
+        return sent
+
+    def send(self, data: bytes | bytearray | memoryview, patience: Patience) -> Script[None]:
         """Hand everything to the kernel."""
         self._measure()
         rest = memoryview(data)
@@ -246,101 +270,24 @@ def _queued(sock: socket.socket) -> int:
 # -- Connecting: nobody but this session's keeper -----------------------------------------
 
 
-class Peer(NamedTuple):
-    """The process that listens.
-
-    Attributes:
-        pid: its pid, which the session's pid file names too.
-        started: when it started, in ticks since boot.
-        ours: its arguments say that it is our keeper, of this session.
-        keys: the name that it is bound by says that it understands keys.
-    """
-
-    pid: int
-    started: int
-    ours: bool
-    keys: bool = False
-
-    @property
-    def process(self) -> tuple[int, int]:
-        """Who it is: a pid alone may be another's later."""
-        return self.pid, self.started
-
-    def lives(self) -> bool:
-        """Whether it has not begun to exit. Its connections end after it has begun."""
-        process = _process(self.pid)
-        return process is not None and process == (self.started, False)
-
-    def written(self) -> int:
-        """Bytes that our keeper has written, 0 where that cannot be told.
-
-        It may hold a whole long line, and write it to its agent while nothing moves on the
-        connection.
-        """
-        if self.ours:
-            with contextlib.suppress(OSError, ValueError):
-                return int(_read(f"/proc/{self.pid}/io").split()[3])
-        return 0
-
-
-def _process(pid: int) -> tuple[int, bool] | None:
-    """When a process started and whether it is exiting, or None when there is none."""
-    try:
-        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return int(fields[19]), fields[0] in {b"Z", b"X"} or bool(int(fields[6]) & _EXITING)
-
-
-def _is_ours(pid: int, sid: str) -> bool:
-    try:
-        arguments = os.fsdecode(_read(f"/proc/{pid}/cmdline")).split("\0")
-    except OSError:
-        return False
-    said = layout.keeper_arguments(arguments, frozenset({layout.KEEPER_PROGRAM.name}))
-    return said is not None and said.sid == sid
-
-
-def _read(path: str) -> bytes:
-    """The beginning of a file; the buffers of ``open`` would take a tenth of a whole write."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(descriptor, _PIECE)
-    finally:
-        os.close(descriptor)
-
-
-def connect(folder: Path, sid: str, patience: Patience, trust: Trust) -> Script[Link]:
+def connect(folder: Path, sid: str, patience: Patience, trust: Trust, peers: Peers) -> Script[Link]:
     """Connect to the session's keeper, and to nobody else."""
     try:
-        with _Opened(folder, os.O_PATH | os.O_DIRECTORY) as inside:
+        with Opened(folder, os.O_PATH | os.O_DIRECTORY) as inside:
             if trust.distrust(inside, folder):
                 raise FinalError(Reason.UNTRUSTED_FOLDER)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
                 name = layout.file_name(layout.Role.SOCKET, sid)
-                with _Opened(name, os.O_PATH | os.O_NOFOLLOW, inside) as pinned:
+                with Opened(name, os.O_PATH | os.O_NOFOLLOW, inside) as pinned:
                     _check_socket(pinned)
                     yield from _accepted(sock, f"/proc/self/fd/{pinned}", patience)
-                return Link(sock, _checked_peer(sock, inside, sid))
+                return Link(sock, peers.checked(sock, inside, sid))
             except BaseException:
                 sock.close()
                 raise
     except OSError as error:
         raise _failure_of(error) from None
-
-
-class _Opened:
-    """A descriptor, for as long as the block lasts."""
-
-    def __init__(self, path: str | Path, flags: int, folder: int | None = None) -> None:
-        self._descriptor = os.open(path, flags | os.O_CLOEXEC, dir_fd=folder)
-
-    def __enter__(self) -> int:
-        return self._descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
 
 
 def _check_socket(descriptor: int) -> None:
@@ -363,46 +310,6 @@ def _accepted(sock: socket.socket, address: str, patience: Patience) -> Script[N
             yield Wait(Moment.BACKLOG, patience.up_to(pause))
         else:
             return
-
-
-def _checked_peer(sock: socket.socket, folder_fd: int, sid: str) -> Peer:
-    """Make sure who listens: our user, and the process that the pid file names."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, _ = struct.unpack("3i", credentials)
-    if uid != os.geteuid():
-        raise FinalError(Reason.WRONG_USER)
-    if pid != _named_pid(folder_fd, sid):
-        raise TransientError(Reason.WRONG_PEER)
-    process = _process(pid)
-    if process is None:
-        raise TransientError(Reason.KEEPER_DIED)
-    shown = _SHOWS_KEYS + layout.file_name(layout.Role.SOCKET, sid)
-    return Peer(pid, process[0], _is_ours(pid, sid), keys=sock.getpeername() == shown)
-
-
-def _named_pid(folder_fd: int, sid: str) -> int:
-    """The pid in the session's pid file; nothing is followed, nothing blocks."""
-    name = layout.file_name(layout.Role.PID_FILE, sid)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
-    try:
-        opened = _Opened(name, flags, folder_fd)
-    except FileNotFoundError:
-        raise TransientError(Reason.NO_PID_FILE) from None
-    except OSError as error:
-        if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket or a device
-            raise FinalError(Reason.BAD_PID_FILE) from None
-        raise
-    with opened as descriptor:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise FinalError(Reason.BAD_PID_FILE)
-        text = os.read(descriptor, _PID_DIGITS + 2)
-    if not text:
-        raise TransientError(Reason.NO_PID_FILE)
-    digits = text.removesuffix(b"\n")
-    if not digits.isdigit() or len(digits) > _PID_DIGITS:
-        raise FinalError(Reason.BAD_PID_FILE)
-    return int(digits)
 
 
 def _failure_of(error: OSError) -> AttemptError:

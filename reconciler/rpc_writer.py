@@ -31,7 +31,14 @@ from reconciler.deliveries import (
 )
 from reconciler.exchanges import Again, Desk, Exchange
 from reconciler.messages import MAX_LINE, InvalidMessageError, Message, encode
-from reconciler.waiting import Script, TransientError, deadline_of, run_async, run_blocking
+from reconciler.waiting import (
+    AttemptError,
+    Script,
+    TransientError,
+    deadline_of,
+    run_async,
+    run_blocking,
+)
 
 __all__ = [
     "MAX_LINE",
@@ -105,7 +112,7 @@ class RpcWriter:
             InvalidMessageError, InvalidSessionIdError: before anything was done. A failed
                 delivery raises nothing.
         """
-        return _single(await self._write(self._desk.exchange(sid, (message,), key), timeout))
+        return _single(await self._write(self._desk.single(sid, message, key), timeout))
 
     async def write_many(
         self,
@@ -126,9 +133,13 @@ class RpcWriter:
         timeout: float | None,  # noqa: ASYNC109 - ends in a value, not in an exception
     ) -> ManyDelivery:
         deadline = deadline_of(timeout)
-        with exchange.settled(), exchange.turn() as turn:
-            await run_async(turn.come, deadline)
-            await _tried(exchange, exchange.attempt, deadline)
+        try:
+            with exchange.turn() as turn:
+                if not turn.granted:
+                    await run_async(turn.come, deadline)
+                await _tried(exchange, exchange.attempt, deadline)
+        except AttemptError as failure:
+            return exchange.failed(failure)
         return exchange.delivery()
 
     def stream(self, sid: str, *, timeout: float | None = None) -> RpcStream:
@@ -163,7 +174,7 @@ class BlockingRpcWriter:
         self, sid: str, message: Message, *, timeout: float | None = None, key: str | None = None
     ) -> Delivery:
         """Write one message, and wait for its receipt: `RpcWriter.write`."""
-        return _single(self._write(self._desk.exchange(sid, (message,), key), timeout))
+        return _single(self._write(self._desk.single(sid, message, key), timeout))
 
     def write_many(
         self, sid: str, messages: Iterable[Message], *, timeout: float | None = None
@@ -173,9 +184,13 @@ class BlockingRpcWriter:
 
     def _write(self, exchange: Exchange, timeout: float | None) -> ManyDelivery:
         deadline = deadline_of(timeout)
-        with exchange.settled(), exchange.turn() as turn:
-            run_blocking(turn.come, deadline)
-            _tried_blocking(exchange, exchange.attempt, deadline)
+        try:
+            with exchange.turn() as turn:
+                if not turn.granted:
+                    run_blocking(turn.come, deadline)
+                _tried_blocking(exchange, exchange.attempt, deadline)
+        except AttemptError as failure:
+            return exchange.failed(failure)
         return exchange.delivery()
 
     def stream(self, sid: str, *, timeout: float | None = None) -> BlockingRpcStream:

@@ -88,11 +88,12 @@ class UnconfirmedError(AttemptError):
 class Patience:
     """How long there may be no progress, within what is left of the call."""
 
+    __slots__ = ("_deadline", "_ends", "_span")
+
     def __init__(self, policy: WritePolicy, deadline: float) -> None:
         self._span = policy.progress_timeout
         self._deadline = deadline
-        self._ends = 0.0
-        self.renew()
+        self._ends = min(time.monotonic() + self._span, deadline)
 
     def renew(self) -> None:
         """There was progress."""
@@ -135,12 +136,14 @@ def deadline_of(timeout: float | None) -> float:
 
 def run_blocking(make: Callable[..., Script[T]], *arguments: object) -> T:
     """Run a script to its end, and wait in this thread."""
-    with contextlib.closing(make(*arguments)) as script:
-        try:
-            while True:
-                _wait_blocking(next(script))
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+    script = make(*arguments)
+    try:
+        while True:
+            _wait_blocking(next(script))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        script.close()
 
 
 def _wait_blocking(wait: Wait) -> None:
@@ -158,12 +161,14 @@ def _wait_blocking(wait: Wait) -> None:
 
 async def run_async(make: Callable[..., Script[T]], *arguments: object) -> T:
     """Run a script to its end, and wait in the running event loop."""
-    with contextlib.closing(make(*arguments)) as script:
-        try:
-            while True:
-                await _wait_async(next(script))
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+    script = make(*arguments)
+    try:
+        while True:
+            await _wait_async(next(script))
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        script.close()
 
 
 async def _wait_async(wait: Wait) -> None:

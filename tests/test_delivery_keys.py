@@ -33,6 +33,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reconciler import exchanges, layout, link
+from reconciler.peers import Peers
 from reconciler.rpc_writer import (
     BlockingRpcWriter,
     InvalidMessageError,
@@ -113,10 +114,12 @@ def before_connection(
     """Do something right before the writer's connection of that number."""
     connect, count = link.connect, itertools.count(1)
 
-    def connecting(folder: Path, sid: str, patience: Patience, trust: Trust) -> Script[link.Link]:
+    def connecting(
+        folder: Path, sid: str, patience: Patience, trust: Trust, peers: Peers
+    ) -> Script[link.Link]:
         if next(count) == number:
             act()
-        return connect(folder, sid, patience, trust)
+        return connect(folder, sid, patience, trust, peers)
 
     monkeypatch.setattr(exchanges, "connect", connecting)
 

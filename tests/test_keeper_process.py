@@ -303,7 +303,7 @@ def test_ten_at_once(session: Session, out: Path) -> None:
     [winner] = [each for each in session._everyone if each.poll() is None]
     assert session.pid_file.read_text() == str(winner.pid)
     assert session.send(b"one\n")
-    until(lambda: out.read_bytes() == b"one\n")
+    until(lambda: out.exists() and out.read_bytes() == b"one\n")
     assert {line["keeper_pid"] for line in session.log_lines()} == {winner.pid}
 
 

@@ -11,7 +11,7 @@ from delivery_scene import scene as scene  # noqa: PLC0414
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reconciler import link
+from reconciler import link, peers
 
 
 def test_the_blocking_face_starts_without_what_it_does_not_need() -> None:
@@ -90,9 +90,9 @@ def test_a_dying_process_is_seen_as_such_when_its_connection_ends() -> None:
             )
             theirs.close()
             assert ours.recv(1) == b"r"
-            started = link._process(child.pid)
+            started = peers._process(child.pid)
             assert started is not None
-            peer = link.Peer(child.pid, started[0], ours=False)
+            peer = peers.Peer(child.pid, started[0], ours=False)
             assert peer.lives()
             ours.send(b"g")
             assert ours.recv(1) == b""

@@ -5,7 +5,6 @@ import collections
 import math
 import re
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,11 @@ from delivery_scene import (
 )
 from delivery_scene import face as face  # noqa: PLC0414 - fixtures
 from delivery_scene import scene as scene  # noqa: PLC0414
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reconciler import layout
+from reconciler import messages as messages_room
 from reconciler.messages import encode_all
 from reconciler.rpc_writer import (
     MAX_LINE,
@@ -132,17 +132,34 @@ ODD = st.text(st.sampled_from('a{}" \t\n\r\v\f\0\x01\x1c\x85\u00e9\u2028\ud800')
 PLAIN = st.text(st.sampled_from('ab{}" '), min_size=1, max_size=4).map("{0}x".format)
 
 
-@settings(max_examples=500)
-@given(st.lists(st.one_of(PLAIN, PLAIN, ODD, ODD.map("{0}x".format)), min_size=1, max_size=5))
-def test_a_batch_is_its_messages_one_by_one(messages: list[Message]) -> None:
+TEXTS = st.lists(st.one_of(PLAIN, PLAIN, ODD, ODD.map("{0}x".format)), min_size=1, max_size=5)
+BYTES = TEXTS.map(lambda texts: [text.encode("utf-8", "surrogatepass") for text in texts])
+
+
+@pytest.mark.parametrize("together", [1, 2, 2000])
+@settings(
+    max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(messages=st.one_of(TEXTS, BYTES))
+def test_a_batch_is_its_messages_one_by_one(
+    messages: list[Message], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reconciler.messages._TOGETHER", together)
     told = encoded(messages)
     if isinstance(told, str):
         with pytest.raises(InvalidMessageError, match=re.escape(told)):
             encode_all(messages)
         return
-    data, ends = encode_all(messages)
-    assert data == told
-    assert [data[start:end] for start, end in pairwise([0, *ends])] == list(map(encode, messages))
+    assert encode_all(messages) == (told, len(messages))
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_lines_of_one_kind_are_joined_as_one(kind: type[str | bytes]) -> None:
+    lines = [f'{{"n":{n}}}' for n in range(5000)]
+    given_lines = lines if kind is str else [line.encode() for line in lines]
+    data = messages_room._joined(given_lines)
+    assert data is not None
+    assert bytes(data) == "".join(f"{line}\n" for line in lines).encode()
 
 
 @pytest.mark.parametrize("messages", [[], "text", b"bytes", {"a": 1}])

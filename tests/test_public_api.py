@@ -185,7 +185,17 @@ COMMAND = (
 )
 
 
-WRITER = ("rpc_writer", "exchanges", "lanes", "link", "waiting", "messages", "deliveries", "trust")
+WRITER = (
+    "rpc_writer",
+    "exchanges",
+    "lanes",
+    "link",
+    "peers",
+    "waiting",
+    "messages",
+    "deliveries",
+    "trust",
+)
 
 
 def test_write_imports_the_writer_and_little_else(demo: Path) -> None:

@@ -40,7 +40,7 @@ from delivery_scene import scene as scene  # noqa: PLC0414
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reconciler import layout, link
+from reconciler import layout, link, peers
 from reconciler.lanes import Lanes
 from reconciler.rpc_writer import (
     BlockingRpcWriter,
@@ -120,7 +120,7 @@ def killed_after_accept(scene: Scene) -> None:
     keeper.agent.stop()
 
     def kill() -> None:
-        until(lambda: link.Peer(keeper.process.pid, 0, ours=True).written() >= 1 << 16)
+        until(lambda: peers.Peer(keeper.process.pid, 0, ours=True).written() >= 1 << 16)
         keeper.process.kill()
 
     scene.at(RECEIPT, kill)
@@ -380,7 +380,7 @@ def test_the_agent_dies_within_a_line(scene: Scene, face: Face) -> None:
     keeper.agent.stop()
 
     def kill() -> None:
-        until(lambda: link.Peer(keeper.process.pid, 0, ours=True).written() >= 1 << 16)
+        until(lambda: peers.Peer(keeper.process.pid, 0, ours=True).written() >= 1 << 16)
         keeper.agent.kill()
 
     scene.at(RECEIPT, kill)
