@@ -13,6 +13,8 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -691,6 +693,54 @@ def test_receipt_waits_for_the_pipe(session: Session, out: Path) -> None:
         os.kill(session.agent_pid(), signal.SIGCONT)
         assert receipt(client)
     until(lambda: out.stat().st_size == len(data) * count)
+
+
+@linux
+def test_a_newcomer_waits_for_the_end_of_a_line_in_the_pipe(session: Session, out: Path) -> None:
+    keeper = session.start(into(out)).pid
+    agent, line = session.agent_pid(), b"a" * 100_000 + b"\n"
+    stop(agent)
+    with session.connect() as owner, Path(f"/proc/{agent}/fd/0").open("rb", buffering=0) as pipe:
+        owner.sendall(line)
+        owner.shutdown(socket.SHUT_WR)
+        until(lambda: unread(pipe.fileno()) == 65536)
+        stop(keeper)
+        os.kill(agent, signal.SIGCONT)
+        until(lambda: out.stat().st_size == 65536)
+        with session.connect() as newcomer:  # the keeper is told of room first, then of a knock
+            newcomer.sendall(b"b\n")
+            newcomer.shutdown(socket.SHUT_WR)
+            os.kill(keeper, signal.SIGCONT)
+            assert receipt(newcomer)
+        assert receipt(owner)
+    until(lambda: out.stat().st_size == len(line) + 2)
+    assert out.read_bytes() == line + b"b\n"
+
+
+@linux
+def test_more_clients_come_and_go_than_there_is_room_for(session: Session, out: Path) -> None:
+    """All of them are there before the keeper looks, and have gone when it does."""
+    keeper = session.start(into(out)).pid
+    stop(keeper)
+    clients = [session.connect() for _ in range(400)]
+    for number, client in enumerate(clients):
+        client.sendall(b"%d\n" % number)
+        client.shutdown(socket.SHUT_WR)
+    os.kill(keeper, signal.SIGCONT)
+    for client in clients:
+        assert receipt(client)
+        client.close()
+    until(lambda: out.read_bytes() == b"".join(b"%d\n" % n for n in range(400)))
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
+def unread(pipe: int) -> int:
+    """Bytes in a pipe."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def test_client_that_goes_while_its_line_is_half_in_the_pipe(session: Session, out: Path) -> None:

@@ -79,9 +79,9 @@ def test_no_more_keepers_are_remembered_than_its_bound(
     assert read == [first.process.pid, second.process.pid, first.process.pid]
 
 
-def test_the_death_of_who_listened_is_seen(tmp_path: Path) -> None:
+def test_the_death_of_who_listened_is_seen(folder: Path) -> None:
     """The pid file names it, the connection was made, and it is gone."""
-    path = tmp_path / layout.file_name(layout.Role.SOCKET, SID)
+    path = folder / layout.file_name(layout.Role.SOCKET, SID)
     program = (
         "import socket, sys\n"
         "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True)\n"
@@ -92,18 +92,18 @@ def test_the_death_of_who_listened_is_seen(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        (tmp_path / layout.file_name(layout.Role.PID_FILE, SID)).write_text(str(child.pid))
+        (folder / layout.file_name(layout.Role.PID_FILE, SID)).write_text(str(child.pid))
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(path))
-            folder = os.open(tmp_path, os.O_PATH)
+            held = os.open(folder, os.O_PATH)
             try:
-                assert peers.Peers().checked(sock, folder, SID).pid == child.pid
+                assert peers.Peers().checked(sock, held, SID).pid == child.pid
                 child.kill()
                 child.wait()
                 with pytest.raises(TransientError, match=Reason.KEEPER_DIED.value):
-                    peers.Peers().checked(sock, folder, SID)
+                    peers.Peers().checked(sock, held, SID)
             finally:
-                os.close(folder)
+                os.close(held)
 
 
 RECYCLE = """
