@@ -9,7 +9,7 @@ import fcntl
 import os
 import socket
 import stat
-import struct
+import sys
 import termios
 import threading
 from collections import deque
@@ -156,18 +156,18 @@ class Link:
     def send(self, data: bytes | bytearray | memoryview, patience: Patience) -> Script[None]:
         """Hand everything to the kernel."""
         self._measure()
-        rest = memoryview(data)
-        turn_at = self.handed + _TURN
-        while rest:
+        all_of_it = memoryview(data)
+        at, turn_at = 0, self.handed + _TURN
+        while at < len(all_of_it):
             try:
-                count = self._sock.send(rest[:_PIECE])
+                count = self._sock.send(all_of_it[at : at + _PIECE])
             except BlockingIOError:
                 yield from self._wait(Moment.SENDING, patience)
                 continue
             except OSError:
                 raise self._broken() from None
             self._ledger.sent(count, _queued(self._sock))
-            rest = rest[count:]
+            at += count
             patience.renew()
             if self.handed >= turn_at:
                 turn_at = self.handed + _TURN
@@ -261,10 +261,8 @@ def _queued(sock: socket.socket) -> int:
 
     It counts whole pieces and their overhead: never less than the bytes, 0 when none.
     """
-    answer = bytearray(4)
-    fcntl.ioctl(sock, termios.TIOCOUTQ, answer)
-    (queued,) = struct.unpack("i", answer)
-    return int(queued)
+    answer = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
+    return int.from_bytes(answer, sys.byteorder)
 
 
 # -- Connecting: nobody but this session's keeper -----------------------------------------
