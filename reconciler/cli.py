@@ -27,7 +27,7 @@ from reconciler.errors import InvalidRequestError, NoSuchSessionError, Reconcile
 from reconciler.layout import InvalidSessionIdError
 
 _COMMANDS: Mapping[str, tuple[str, ...]] = {
-    "Sessions": ("spawn", "write", "ls", "inspect", "stop"),
+    "Sessions": ("spawn", "write", "ls", "inspect", "logs", "stop"),
     "The background process": ("run", "config"),
 }
 """What there is, under the headings of the help."""
