@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+from reconciler.facts import Facts, Life, Processes
 from reconciler.identity import KNOWN_PROGRAMS
 from reconciler.layout import SESSION_MARKER, keeper_arguments
-from reconciler.processes import SYSTEM, Facts, Life, Processes
+from reconciler.processes import SYSTEM
 from reconciler.registry import Registry
 from reconciler.state import (
     Agent,

@@ -15,10 +15,11 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from reconciler.facts import Processes
 from reconciler.ladder import Ladder, end
 from reconciler.layout import Role, file_name
 from reconciler.probe import Probe
-from reconciler.processes import SYSTEM, Processes, Target
+from reconciler.processes import SYSTEM, Target
 from reconciler.removal import Removal, remove
 from reconciler.state import (
     Action,

@@ -15,7 +15,8 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 
-from reconciler.processes import SYSTEM, TO_END, TO_LOOK, Life, Processes, open_pidfd
+from reconciler.facts import Life, Processes
+from reconciler.processes import SYSTEM, TO_END, TO_LOOK, open_pidfd
 from reconciler.state import ProcessId
 
 POLL_PERIOD = 0.5

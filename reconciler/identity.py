@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from reconciler.facts import Facts, Life, Processes
 from reconciler.folder import Answer, Folder, Peer
 from reconciler.layout import (
     KEEPER_PROGRAM,
@@ -20,7 +21,7 @@ from reconciler.layout import (
     keeper_arguments,
     mentions_keeper,
 )
-from reconciler.processes import SYSTEM, Facts, Life, Processes
+from reconciler.processes import SYSTEM
 from reconciler.state import Keeper, KeeperState, Listening, ProcessId
 
 KNOWN_PROGRAMS = frozenset({KEEPER_PROGRAM.name, "keeper.cjs"})

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from reconciler.facts import Facts, Processes
 from reconciler.folder import Folder
 from reconciler.identity import KNOWN_PROGRAMS
 from reconciler.layout import (
@@ -28,7 +29,7 @@ from reconciler.layout import (
     mentions_keeper,
     parse_name,
 )
-from reconciler.processes import SYSTEM, Facts, Processes
+from reconciler.processes import SYSTEM
 from reconciler.state import Keeper, KeeperState, Leftover, ProcessId
 
 _MARKERS = (SESSION_MARKER, FOLDER_MARKER)

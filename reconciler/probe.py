@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from reconciler.agents import AgentProbe, Agents, Sighting
+from reconciler.facts import Processes
 from reconciler.folder import Folder
 from reconciler.identity import KNOWN_PROGRAMS, NOBODY, NOT_ASKED, Asked, Identity
 from reconciler.layout import Role, check_sid, file_name
 from reconciler.leftovers import Leftovers, leaves
-from reconciler.processes import SYSTEM, Processes
+from reconciler.processes import SYSTEM
 from reconciler.registry import Registry
 from reconciler.state import (
     Agent,

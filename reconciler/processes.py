@@ -4,7 +4,7 @@ A pid is only a number that the kernel uses again. A process here is a `ProcessI
 pid, when it started by the kernel's boot clock, and the boot. Signals go through a pidfd
 that was opened before the identity was proven, so that they reach that process or none.
 
-`LINUX` reads ``/proc``; `PORTABLE` says the same through psutil, where there is no
+`LINUX` reads ``/proc``; `reconciler.portable` says the same through psutil, where there is no
 ``/proc`` and no pidfd. Both run on Linux, and are tested there.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import errno
 import functools
 import os
@@ -21,11 +20,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
-import psutil
-
+from reconciler.facts import DEAD, HIDDEN, Facts, Life, Processes, boot_id, exists, printable
 from reconciler.state import ProcessId
 
 ARGUMENTS_LIMIT = 128 * 1024
@@ -50,96 +47,6 @@ _NO_LEADER = b"-1"  # the exit signal of a thread: its number is no process's, y
 _SIGNAL_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 
 
-class Life(enum.Enum):
-    """Whether a pid stands for a process now."""
-
-    DEAD = "dead"
-    """No such process, or a zombie."""
-    ALIVE = "alive"
-    HIDDEN = "hidden"
-    """There is one, and the system does not let us see it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """One look at one pid."""
-
-    life: Life
-    process: ProcessId | None = None
-    parent: int = 0
-    group: int = 0
-    session: int = 0
-    age: float = 0.0
-    """Seconds since it started, by the boot clock."""
-    uid: int = -1
-    dying: bool = False
-    """It is on its way out, or SIGKILL is pending: it will not run its own code again."""
-    kernel: bool = False
-    """A thread of the kernel: it has no arguments, and is nobody's keeper."""
-
-
-DEAD: Final = Facts(Life.DEAD)
-HIDDEN: Final = Facts(Life.HIDDEN)
-
-
-class Processes(Protocol):
-    """How the system is asked about its processes. No call raises for a pid's sake."""
-
-    def facts(self, pid: int) -> Facts:
-        """Look at one pid."""
-
-    def arguments(self, pid: int) -> tuple[str, ...] | None:
-        """The arguments, the program first; None when they cannot be read or are gone."""
-
-    def program(self, pid: int) -> str:
-        """The base name of the file that it runs, printable; empty when it cannot be read.
-
-        Not its arguments: a program may write anything there, secrets among it.
-        """
-
-    def variable(self, pid: int, name: str) -> str | None:
-        """A variable of the environment that the process started with.
-
-        An empty string when it is not set, None when the environment cannot be read.
-        """
-
-    def variables(self, pid: int, names: Sequence[str]) -> tuple[str, ...] | None:
-        """Several of them, in one read; None when the environment cannot be read."""
-
-    def children(self, pid: int) -> tuple[int, ...] | None:
-        """The pids of its children, zombies among them; None when they cannot be read."""
-
-    def holds(self, pid: int, files: Collection[tuple[int, int]]) -> bool | None:
-        """Whether it has one of these open, by device and inode; None: cannot be told."""
-
-    def foreign(self, pid: int) -> bool:
-        """Whether it is known to live in another pid namespace than we do."""
-
-    def catches(self, pid: int, number: signal.Signals) -> bool:
-        """Whether it has a handler for a signal; where that cannot be told it is taken so."""
-
-    def pids(self) -> Iterable[int]:
-        """All pids there are."""
-
-
-@functools.cache
-def boot_id() -> str:
-    """An id of this boot of the machine."""
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        return file.read().strip()
-    return str(int(psutil.boot_time()))
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 class _Linux:
     """Processes by ``/proc``, a few reads each and no walk over all of them."""
 
@@ -149,7 +56,7 @@ class _Linux:
         try:
             descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            return HIDDEN if _exists(pid) else DEAD
+            return HIDDEN if exists(pid) else DEAD
         try:
             line, uid = os.read(descriptor, 4096), os.fstat(descriptor).st_uid
         except ProcessLookupError:
@@ -198,7 +105,7 @@ class _Linux:
             path = os.readlink(f"/proc/{pid}/exe")
         except OSError:
             return ""
-        return _printable(os.path.basename(path.removesuffix(" (deleted)")))
+        return printable(os.path.basename(path.removesuffix(" (deleted)")))
 
     def variable(self, pid: int, name: str) -> str | None:
         values = self.variables(pid, (name,))
@@ -243,11 +150,7 @@ class _Linux:
         return not found or bool(int(rest.split()[0], 16) >> (number - 1) & 1)
 
     def pids(self) -> Iterable[int]:
-        return psutil.pids()
-
-
-def _printable(name: str) -> str:
-    return "".join(each for each in name if each.isprintable())[:64]
+        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
 
 
 def _value(parts: bytes, wanted: bytes) -> str:
@@ -281,90 +184,16 @@ def _read(path: str, limit: int) -> bytes | None:
     return text
 
 
-class _Portable:
-    """Processes by psutil: macOS and Windows, and Linux without ``/proc/<pid>/task``."""
-
-    def facts(self, pid: int) -> Facts:
-        try:
-            process = psutil.Process(pid)
-            with process.oneshot():
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    return DEAD
-                created = process.create_time()
-                return Facts(
-                    Life.ALIVE,
-                    ProcessId(pid, round(created * 1_000_000), boot_id()),
-                    parent=process.ppid(),
-                    group=_or_zero(os.getpgid, pid),
-                    session=_or_zero(os.getsid, pid),
-                    age=max(0.0, time.time() - created),
-                    uid=process.uids().effective,
-                )
-        except psutil.ZombieProcess:
-            return DEAD
-        except (psutil.Error, OSError, ValueError, OverflowError):
-            return HIDDEN if _exists(pid) else DEAD
-
-    def arguments(self, pid: int) -> tuple[str, ...] | None:
-        try:
-            return tuple(psutil.Process(pid).cmdline()) or None
-        except (psutil.Error, OSError):
-            return None
-
-    def program(self, pid: int) -> str:
-        try:
-            return _printable(os.path.basename(psutil.Process(pid).exe()))
-        except (psutil.Error, OSError):
-            return ""
-
-    def variable(self, pid: int, name: str) -> str | None:
-        try:
-            return psutil.Process(pid).environ().get(name, "")
-        except (psutil.Error, OSError):
-            return None
-
-    def variables(self, pid: int, names: Sequence[str]) -> tuple[str, ...] | None:
-        values = [self.variable(pid, name) for name in names]
-        return None if None in values else tuple(value or "" for value in values)
-
-    def children(self, pid: int) -> tuple[int, ...] | None:
-        try:
-            return tuple(child.pid for child in psutil.Process(pid).children())
-        except (psutil.Error, OSError):
-            return None
-
-    def holds(self, pid: int, files: Collection[tuple[int, int]]) -> bool | None:
-        try:
-            paths = [file.path for file in psutil.Process(pid).open_files()]
-        except (psutil.Error, OSError):
-            return None
-        for path in paths:
-            with contextlib.suppress(OSError):
-                status = os.stat(path)
-                if (status.st_dev, status.st_ino) in files:
-                    return True
-        return False
-
-    def foreign(self, pid: int) -> bool:  # noqa: ARG002 - these systems have no such thing
-        return False
-
-    def catches(self, pid: int, number: signal.Signals) -> bool:  # noqa: ARG002 - cannot be told
-        return True
-
-    def pids(self) -> Iterable[int]:
-        return psutil.pids()
-
-
-def _or_zero(function: Callable[[int], int], pid: int) -> int:
-    try:
-        return function(pid)
-    except OSError:
-        return 0
-
-
 LINUX: Final[Processes] = _Linux()
-PORTABLE: Final[Processes] = _Portable()
-SYSTEM: Final[Processes] = LINUX if sys.platform == "linux" else PORTABLE
+
+
+def _portable() -> Processes:
+    from reconciler.portable import PORTABLE  # noqa: PLC0415 - psutil takes a tenth of a start
+
+    return PORTABLE
+
+
+SYSTEM: Final[Processes] = LINUX if sys.platform == "linux" else _portable()
 """What this system is asked by."""
 
 

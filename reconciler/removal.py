@@ -19,9 +19,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from reconciler.facts import Life
 from reconciler.folder import Answer, Folder, file_id
 from reconciler.layout import Role, claims, file_name
-from reconciler.processes import SYSTEM, Life
+from reconciler.processes import SYSTEM
 from reconciler.state import Entry, EntryKind, FileId
 
 _NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})

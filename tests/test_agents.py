@@ -13,11 +13,12 @@ from conftest import alive, dead_pid, identity, until
 from stand_ins import WAITS, agent_of, keeper_without_agent, kill, running, spawn
 
 from reconciler.agents import SPAWNED, AgentProbe, Agents, Sighting
+from reconciler.facts import DEAD, HIDDEN, Facts, Processes
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import SESSION_MARKER, registry_file
 from reconciler.probe import Probe
-from reconciler.processes import DEAD, HIDDEN, LINUX, Facts, Processes
+from reconciler.processes import LINUX
 from reconciler.registry import Registry
 from reconciler.state import Agent, AgentState, KeeperState
 

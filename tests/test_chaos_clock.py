@@ -19,8 +19,8 @@ from hampered import Hampered, all_goes, bystanders, gone, leave, stale_pairs
 
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
+from reconciler.portable import PORTABLE
 from reconciler.probe import Probe
-from reconciler.processes import PORTABLE
 from reconciler.spawning import default_environment
 from reconciler.state import Desired, Policy, Verdict, decide
 

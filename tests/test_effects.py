@@ -26,12 +26,13 @@ from stand_ins import (
 
 from reconciler import processes
 from reconciler.effects import Done, Effects
+from reconciler.facts import DEAD, Facts
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.ladder import Ladder, end
 from reconciler.layout import FOLDER_MARKER, KEEPER_PROGRAM, SESSION_MARKER, Role, file_name
 from reconciler.probe import Probe
-from reconciler.processes import DEAD, LINUX, SYSTEM, Facts, Target
+from reconciler.processes import LINUX, SYSTEM, Target
 from reconciler.state import (
     Adopt,
     Agent,

@@ -15,7 +15,8 @@ from conftest import WAIT, dead_pid, identity
 
 from reconciler import exits as exits_module
 from reconciler.exits import Exits
-from reconciler.processes import HIDDEN, SYSTEM, Facts, boot_id
+from reconciler.facts import HIDDEN, Facts, boot_id
+from reconciler.processes import SYSTEM
 from reconciler.state import ProcessId
 
 

@@ -13,9 +13,10 @@ from fuzzing.every import TARGETS
 from fuzzing.mutator import inputs
 from fuzzing.target import Target, ViolationError
 from reconciler import keeper_process, registry
+from reconciler.facts import Facts, Life, boot_id
 from reconciler.folder import Folder
 from reconciler.layout import ParsedName, Role
-from reconciler.processes import LINUX, Facts, Life, boot_id
+from reconciler.processes import LINUX
 from reconciler.state import Entry, EntryKind, ProcessId
 
 

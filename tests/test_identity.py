@@ -16,13 +16,14 @@ import pytest
 from conftest import NODE_KEEPER, SINK, bare_socket, dead_pid, end_all, identity, root, until
 from stand_ins import NOBODY, ending, keeper_without_agent, kill, listening, running, spawn
 
+from reconciler.facts import DEAD, HIDDEN, Facts
 from reconciler.folder import Answer, Folder, Peer
 from reconciler.identity import NOBODY as NO_KEEPER
 from reconciler.identity import NOT_ASKED, Asked, Identity
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM
 from reconciler.probe import Probe
-from reconciler.processes import DEAD, HIDDEN, LINUX, Facts
+from reconciler.processes import LINUX
 from reconciler.spawning import OUR_KEEPER
 from reconciler.state import Desired, KeeperState, Listening, Policy, Verdict, decide
 

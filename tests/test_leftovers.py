@@ -34,12 +34,14 @@ from stand_ins import NOBODY, keeper_without_agent, kill, running, spawn
 
 from reconciler.controller import Reconciler
 from reconciler.errors import FolderError, NoSuchSessionError
+from reconciler.facts import Processes
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.ladder import Ladder
 from reconciler.layout import FOLDER_MARKER, SESSION_MARKER
 from reconciler.leftovers import Leftovers
-from reconciler.processes import LINUX, PORTABLE, Processes
+from reconciler.portable import PORTABLE
+from reconciler.processes import LINUX
 from reconciler.rpc_writer import RpcWriter
 from reconciler.state import Keeper, KeeperState, Policy, Session, Verdict
 

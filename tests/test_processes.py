@@ -18,17 +18,11 @@ import pytest
 from conftest import alive, as_nobody, dead_pid, identity, root, until
 from stand_ins import ending
 
+from reconciler import facts as facts_room
 from reconciler import processes
-from reconciler.processes import (
-    LINUX,
-    PORTABLE,
-    SYSTEM,
-    Life,
-    Processes,
-    Target,
-    has_exited,
-    open_pidfd,
-)
+from reconciler.facts import Life, Processes
+from reconciler.portable import PORTABLE
+from reconciler.processes import LINUX, SYSTEM, Target, has_exited, open_pidfd
 from reconciler.state import ProcessId
 
 PYTHON = (sys.executable, "-I", "-S", "-c")
@@ -345,7 +339,8 @@ def test_no_descriptors_left_is_not_death(system: Processes) -> None:
 HIDE_AND_LOOK = """
 import ctypes, os, sys
 sys.path[:0] = sys.argv[2:]
-from reconciler.processes import LINUX, PORTABLE
+from reconciler.portable import PORTABLE
+from reconciler.processes import LINUX
 pid = int(sys.argv[1])
 assert ctypes.CDLL(None).mount(b"proc", b"/proc", b"proc", 0, b"hidepid=2") == 0
 os.setgid(65534); os.setuid(65534)
@@ -374,7 +369,7 @@ def test_a_process_that_the_system_hides_is_not_dead() -> None:
 @pytest.mark.root
 def test_another_users_process_exists() -> None:
     with as_nobody():
-        assert processes._exists(1)
+        assert facts_room.exists(1)
 
 
 def test_a_process_that_ends_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,13 +388,13 @@ def test_a_process_that_ends_while_it_is_looked_at(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_id_of_the_boot(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert processes.boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert facts_room.boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
     def refuse(*_: object) -> None:
         raise OSError
 
-    monkeypatch.setattr(processes, "open", refuse, raising=False)
-    assert int(processes.boot_id.__wrapped__()) > 0
+    monkeypatch.setattr(facts_room, "open", refuse, raising=False)
+    assert int(facts_room.boot_id.__wrapped__()) > 0
 
 
 # Targets.
@@ -523,7 +518,7 @@ def test_a_later_owner_of_the_pid_is_not_even_asked_about(
 def test_a_process_that_is_dead(monkeypatch: pytest.MonkeyPatch, *, pidfd: bool) -> None:
     if not pidfd:
         monkeypatch.delattr(os, "pidfd_open")
-    process = ProcessId(dead_pid(), 1, processes.boot_id())
+    process = ProcessId(dead_pid(), 1, facts_room.boot_id())
     with Target(process, lambda: True) as target:
         assert not target.proven
         assert target.exited
