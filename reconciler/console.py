@@ -105,6 +105,34 @@ def print_lines(lines: Iterable[str]) -> None:
     click.echo("\n".join(lines))
 
 
+def end_with_reader() -> None:
+    """From now on end as other tools do, in silence by SIGPIPE, once nobody reads the output."""
+    import signal
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def check_reader(*others: Any, timeout: float = 0.0) -> None:  # noqa: ANN401 - what has a descriptor
+    """End, after `end_with_reader`, if nobody reads the output any more.
+
+    Args:
+        others: what to wait for meanwhile: descriptors that become readable.
+        timeout: seconds to wait.
+    """
+    import select
+    import signal
+
+    poll = select.poll()
+    for other in others:
+        poll.register(other, select.POLLIN)
+    descriptor = -1
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be none
+        descriptor = sys.stdout.fileno()
+        poll.register(descriptor, 0)
+    if any(ready == descriptor for ready, _ in poll.poll(timeout * 1000)):
+        signal.raise_signal(signal.SIGPIPE)
+
+
 def close_output() -> None:
     """Keep what could not be written from being tried again, and told of, at the very end."""
     if sys.stdout is not None:
@@ -124,6 +152,20 @@ def seconds(_: click.Context, __: click.Parameter, value: float | None) -> float
     if value is not None and not 0 < value <= _DAY:
         raise click.BadParameter(f"{value:g} is not above 0 and at most {_DAY} seconds")
     return value
+
+
+def complete_session(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
+    """The sessions whose names begin so: by the names in the folder, no process is looked at."""
+    from reconciler.layout import parse_name
+    from reconciler.settings import SettingsError, load
+
+    said = ctx.ensure_object(dict)
+    with contextlib.suppress(SettingsError, OSError):
+        folder = Common(load(said.get("config")), said.get("sessions_dir")).folder()
+        parsed = filter(None, map(parse_name, os.listdir(folder)))
+        found = {name.sid for name in parsed}
+        return sorted(sid for sid in found if sid.startswith(begun))
+    return []
 
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:

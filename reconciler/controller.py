@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequ
 from typing import TYPE_CHECKING, Any, Self
 
 from reconciler.budget import LogBudget
+from reconciler.control import Control, Tap
 from reconciler.effects import Done
 from reconciler.errors import (
     FolderError,
@@ -34,7 +35,7 @@ from reconciler.leftovers import forget_wish
 from reconciler.logs import get_logger
 from reconciler.probe import NO_SUSPECTS, Suspects
 from reconciler.removal import is_taken, recover
-from reconciler.reports import Reporter
+from reconciler.reports import Log, Reporter
 from reconciler.retries import FIRST, Retries
 from reconciler.served import Served
 from reconciler.state import (
@@ -96,6 +97,8 @@ class Reconciler:
         metrics: makes the metrics of the session table, for instance
             `reconciler.metrics.Metrics`; none are kept by default.
         log_budget: what the logs of the folder may cost; those of ended sessions go.
+        control: answer `pi-reconciler status` and `events` on a socket in the folder. One
+            that only looks on does not.
 
     Attributes:
         sessions: the desired and the actual state of every session, readable at any time
@@ -112,16 +115,18 @@ class Reconciler:
         logger: FilteringBoundLogger | None = None,
         metrics: Callable[[SessionTable], Metrics] | None = None,
         log_budget: LogBudget | None = None,
+        control: bool = False,
     ) -> None:
         self.manager = manager or KeeperManager()
         self.sessions = SessionTable(self._on_subscriber_error)
         self.dry_run = dry_run
         self._resync = resync
-        self._log = logger or get_logger()
+        self._log = Tap(logger or get_logger())
         self._sweeper = LogSweeper(log_budget or LogBudget())
         self._sweeping = False
         self.metrics = metrics(self.sessions) if metrics else None
         self._reporter = Reporter(self._log, self.metrics)
+        self._control = Control(self._log, self.sessions) if control and not dry_run else None
         self._hints = Hints()
         self._inbox: set[str] = set()
         self._inbox_lock = threading.Lock()
@@ -137,6 +142,11 @@ class Reconciler:
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._closed = False
+
+    @property
+    def log(self) -> Log:
+        """What the reconciler tells by: who tells by it, too, is heard on the control socket."""
+        return self._log
 
     # Life.
 
@@ -670,7 +680,7 @@ class Reconciler:
             except OSError as error:
                 self._complain("folder.unusable", f"cannot be opened: {error.strerror}")
                 return
-            self._folder = Served(folder, self.manager, self._on_registry)
+            self._folder = Served(folder, self.manager, self._on_registry, self._control)
         if not self.dry_run:
             self._folder.take_lock()
 

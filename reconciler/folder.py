@@ -264,6 +264,23 @@ class Folder:
         with client:
             return _peer(client, name, self.key)
 
+    def connect(self, name: str) -> socket.socket:
+        """A connection to whoever listens on a socket of the folder; it does not block.
+
+        Raises:
+            FileNotFoundError, ConnectionRefusedError: nobody does.
+            BlockingIOError: somebody does, and takes no connection now.
+            OSError: as the system says it.
+        """
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            client.setblocking(False)
+            self._connect(client, name)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
     def _unused_client(self) -> socket.socket:
         client, self._client = self._client, None
         if client is None:

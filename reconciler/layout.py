@@ -33,6 +33,10 @@ FOLDER_MARKER = "PI_RECONCILER_FOLDER"
 """Set beside it: the sessions folder, as `folder_mark` writes it."""
 
 
+CONTROL_SOCKET = ".reconciler.sock"
+"""Where the daemon of a sessions folder says how it stands; hidden, and no session's name."""
+
+
 class InvalidSessionIdError(ValueError):
     """A session id that cannot safely be a part of a file name."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from reconciler.settings import Settings, SettingsError, Sources
 
 if TYPE_CHECKING:
-    from structlog.typing import FilteringBoundLogger
+    from reconciler.reports import Log
 
 PATIENCE = 5.0
 """Seconds that the file may take to be read; a local one takes less than a millisecond."""
@@ -57,7 +57,7 @@ class Reloads:
         self,
         sources: Sources,
         take: Callable[[Settings], None],
-        log: FilteringBoundLogger,
+        log: Log,
         *,
         begun: Callable[[], None] = lambda: None,
         over: Callable[[], None] = lambda: None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reconciler.effects import Done
 from reconciler.state import (
@@ -26,8 +26,6 @@ from reconciler.state import (
 from reconciler.sweep import Report, Swept
 
 if TYPE_CHECKING:
-    from structlog.typing import FilteringBoundLogger
-
     from reconciler.metrics import Metrics
 
 _TOLD_ONCE: Mapping[Verdict, str] = {
@@ -45,7 +43,8 @@ _EVENTS: Mapping[type, str] = {
     Rebind: "keeper.told_to_bind",
     Adopt: "keeper.adopted",
 }
-
+ACTIONS = frozenset(_EVENTS.values())
+"""The events that tell of something done."""
 
 _MOST = 20
 """Leftovers, or logs, that one line names; it counts them all."""
@@ -56,6 +55,25 @@ _RECONCILE_ID = ContextVar("reconcile_id", default=0)
 """Which look a line belongs to; a task that a look has started keeps that look's."""
 
 
+class Log(Protocol):
+    """What is asked of a logger: structlog's filtering ones will do."""
+
+    def is_enabled_for(self, level: int, /) -> bool:
+        """Whether it takes lines of this level."""
+
+    def debug(self, event: str, **fields: Any) -> Any:  # noqa: ANN401 - structlog's own
+        """Tell what is for those who look for a defect."""
+
+    def info(self, event: str, **fields: Any) -> Any:  # noqa: ANN401 - the same
+        """Tell what was done."""
+
+    def warning(self, event: str, **fields: Any) -> Any:  # noqa: ANN401 - the same
+        """Tell what somebody should look at."""
+
+    def error(self, event: str, **fields: Any) -> Any:  # noqa: ANN401 - the same
+        """Tell what went wrong."""
+
+
 class Reporter:
     """Tells of sessions.
 
@@ -64,7 +82,7 @@ class Reporter:
         metrics: what is counted beside them, if anything.
     """
 
-    def __init__(self, log: FilteringBoundLogger, metrics: Metrics | None = None) -> None:
+    def __init__(self, log: Log, metrics: Metrics | None = None) -> None:
         self._log = log
         self._metrics = metrics
         self._looks = 0

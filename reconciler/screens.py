@@ -34,35 +34,40 @@ LEFTOVERS = Verdict.LEFTOVERS.value
 
 def row(finding: Finding, folder: Path) -> dict[str, Any]:
     """A session as `ls --json` gives it."""
-    session = Session(finding.seen.sid, seen=finding.seen, plan=finding.plan)
+    return session_row(Session(finding.seen.sid, seen=finding.seen, plan=finding.plan), folder)
+
+
+def session_row(session: Session, folder: Path, now: float | None = None) -> dict[str, Any]:
+    """The same for a row of the table; ``now``: show ages as of then, and not of the last look."""
+    seen = session.seen
+    since = (now or seen.now) - seen.now if seen else 0.0
     return {
         "sid": session.sid,
         "phase": session.phase.value,
         "keeper_pid": session.keeper_pid,
         "agent_pid": session.agent_pid,
-        "age_s": round(finding.seen.keeper.age, 1) if session.keeper_pid else None,
+        "age_s": round(seen.keeper.age + since, 1) if seen and session.keeper_pid else None,
         "socket": socket_address(folder, session.sid),
         "reason": session.reason,
-        "leftovers": [each.process.pid for each in finding.seen.leftovers],
+        "leftovers": [each.process.pid for each in seen.leftovers] if seen else [],
     }
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Rows as `ls` shows them, under a heading."""
-    cells = [("SID", "PHASE", "KEEPER", "AGENT", "AGE")]
-    cells += [
-        (
-            row["sid"],
-            f"{row['phase']} ({len(row['leftovers'])})"
-            if row["phase"] == LEFTOVERS
-            else row["phase"],
-            str(row["keeper_pid"] or "-"),
-            str(row["agent_pid"] or "-"),
-            age(row["age_s"]),
-        )
-        for row in rows
-    ]
-    return aligned(cells)
+    return aligned([("SID", "PHASE", "KEEPER", "AGENT", "AGE"), *map(cells, rows)])
+
+
+def cells(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    """What stands in the columns for one row."""
+    left = f" ({len(row['leftovers'])})" if row["phase"] == LEFTOVERS else ""
+    return (
+        row["sid"],
+        row["phase"] + left,
+        str(row["keeper_pid"] or "-"),
+        str(row["agent_pid"] or "-"),
+        age(row["age_s"]),
+    )
 
 
 def age(seconds: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from reconciler.control import Control
 from reconciler.effects import Effects
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
@@ -16,6 +17,7 @@ class Served:
         folder: the folder, open.
         manager: says how its sessions are looked at and ended.
         complain: called once for each state of the spawn registry that is not usable.
+        control: tells others about it once its lock is held, if anything does.
 
     Attributes:
         probe: looks at its sessions.
@@ -25,13 +27,19 @@ class Served:
     """
 
     def __init__(
-        self, folder: Folder, manager: KeeperManager, complain: Callable[[str], None]
+        self,
+        folder: Folder,
+        manager: KeeperManager,
+        complain: Callable[[str], None],
+        control: Control | None = None,
     ) -> None:
         self.folder = folder
         self._complain = complain
         self.go_by(manager)
         self.why_not = "not locked"
         self.locked_by_other = False
+        self._locked = False
+        self._control = control
 
     def go_by(self, manager: KeeperManager) -> None:
         """Look at the sessions, and end them, as a manager of the same folder says."""
@@ -40,6 +48,8 @@ class Served:
 
     def close(self) -> None:
         """Let go of the folder, and of its lock."""
+        if self._control is not None:
+            self._control.close()
         self.folder.close()
 
     def may_not_act(self) -> str:
@@ -51,7 +61,8 @@ class Served:
         if distrust := self.folder.distrust():
             self.why_not = distrust
         elif self.why_not:
-            self.locked_by_other = not self.folder.lock()
+            self._locked = self.folder.lock()
+            self.locked_by_other = not self._locked
             holder = self.folder.lock_holder() if self.locked_by_other else None
             self.why_not = (
                 f"another reconciler (process {holder or 'unknown'}) works on "
@@ -59,3 +70,5 @@ class Served:
                 if self.locked_by_other
                 else ""
             )
+        if self._locked and self._control is not None:
+            self._control.serve(self.folder, self.may_not_act)

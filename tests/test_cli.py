@@ -27,7 +27,7 @@ from reconciler.state import Policy
 from reconciler.testing import Behaviour, FakeKeeper
 
 PROGRAM = (sys.executable, "-m", "reconciler")
-COMMANDS = ("run", "spawn", "write", "ls", "inspect", "stop")
+COMMANDS = ("run", "status", "events", "spawn", "write", "ls", "inspect", "stop", "completion")
 LINE = '{"type":"get_state","id":"1"}'
 
 

@@ -265,7 +265,7 @@ def test_a_line_longer_than_the_pipe_arrives_whole_when_it_is_read(tmp_path: Pat
 # -- The reference of events -------------------------------------------------------------------
 
 NAME = re.compile(
-    r"(?!keeper\.cjs)(reconciler|settings|session|keeper|agent|leftovers|action|folder|exits|removal|registry|subscriber|logs)\.[a-z_]+"
+    r"(?!keeper\.cjs)(reconciler|settings|session|keeper|agent|leftovers|action|folder|exits|removal|registry|subscriber|logs|control)\.[a-z_]+"
 )
 
 

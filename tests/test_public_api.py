@@ -213,11 +213,35 @@ def test_write_imports_the_writer_and_little_else(demo: Path) -> None:
     assert len(modules - click) < 60, sorted(modules - click)
 
 
-@pytest.mark.parametrize("command", ["ls", "inspect", "stop"])
+@pytest.mark.parametrize("command", ["ls", "inspect demo", "stop demo"])
 def test_client_commands_import_nothing_of_the_daemon(demo: Path, command: str) -> None:
-    arguments = [command, *(["demo"] if command != "ls" else []), "--sessions-dir", str(demo)]
+    arguments = [*command.split(), "--sessions-dir", str(demo)]
     found = packages(modules_after(COMMAND, *arguments)) & HEAVY
     assert found <= {"asyncio", "click", "msgspec"}, "psutil is for other systems"
+
+
+def test_asking_the_daemon_imports_less_than_looking(folder: Path) -> None:
+    for command in ("status", "events --no-wait"):
+        code = f"try:\n    {COMMAND.splitlines()[1]}\nexcept SystemExit: pass"
+        arguments = [*command.split(), "--sessions-dir", str(folder)]
+        modules = modules_after(f"{COMMAND.splitlines()[0]}\n{code}", *arguments)
+        assert "reconciler.control_client" in modules
+        assert packages(modules) & HEAVY <= {"asyncio", "click"}
+
+
+def test_completing_a_session_looks_at_no_process(demo: Path) -> None:
+    code = (
+        "import os, sys\n"
+        "os.environ.update(_PI_RECONCILER_COMPLETE='bash_complete', COMP_CWORD='2')\n"
+        "os.environ['COMP_WORDS'] = 'pi-reconciler write '\n"
+        "os.environ['PI_RECONCILER_SESSIONS_DIR'] = sys.argv[1]\n"
+        "from reconciler.cli import cli\n"
+        "try: cli.main([], prog_name='pi-reconciler')\n"
+        "except SystemExit: pass"
+    )
+    modules = modules_after(code, str(demo))
+    assert "click.shell_completion" in modules
+    assert packages(modules) & HEAVY == {"click"}
 
 
 def test_the_daemon_imports_nothing_that_draws_encrypts_exposes_or_is_for_other_systems(

@@ -73,7 +73,9 @@ async def writer(folder: Path) -> None:
 
 
 async def loop(folder: Path) -> None:
-    async with Reconciler(KeeperManager(folder), resync=30.0, dry_run=True) as running:
+    async with Reconciler(
+        KeeperManager(folder), resync=30.0, dry_run=True, control=True
+    ) as running:
         assert_type(running, Reconciler)
         assert_type(running.sessions, SessionTable)
         assert_type(running.sessions["demo"], Session)

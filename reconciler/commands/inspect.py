@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import click
 
-from reconciler.console import Common, json_option, pass_common, print_json, print_lines
+from reconciler.console import (
+    Common,
+    complete_session,
+    json_option,
+    pass_common,
+    print_json,
+    print_lines,
+)
 
 
 @click.command(short_help="Tell all that is known of a session.")
-@click.argument("sid")
+@click.argument("sid", shell_complete=complete_session)
 @json_option
 @pass_common
 def inspect(given: Common, sid: str, *, as_json: bool) -> None:

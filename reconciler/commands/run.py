@@ -113,10 +113,11 @@ def run(
         logger=log,
         log_budget=settings.log_budget,
         metrics=_counting() if exposition else None,
+        control=True,
     )
     flags = _flags(given, {"resync": resync, "log.level": log_level, "log.form": log_form})
     reloads = functools.partial(
-        Reloads, given.sources._replace(flags=flags), _taker(given, reconciler, log), log
+        Reloads, given.sources._replace(flags=flags), _taker(given, reconciler, log), reconciler.log
     )
     _raise_descriptor_limit()
     gc.freeze()  # a full collection holds the loop up: it need not walk all that was imported

@@ -13,6 +13,7 @@ from reconciler.console import (
     NO_SUCH_SESSION,
     Common,
     complain,
+    complete_session,
     confirm,
     json_option,
     pass_common,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="End sessions.")
-@click.argument("sids", nargs=-1, metavar="[SID]...")
+@click.argument("sids", nargs=-1, metavar="[SID]...", shell_complete=complete_session)
 @click.option("--all", "everything", is_flag=True, help="Stop every session that `ls` lists.")
 @click.option(
     "--leave", is_flag=True, help="Leave alone what a session has started besides its agent."

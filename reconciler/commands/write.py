@@ -14,6 +14,7 @@ from reconciler.console import (
     NOT_KNOWN,
     TRY_AGAIN,
     Common,
+    complete_session,
     fail,
     json_option,
     pass_common,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     context_settings={"allow_extra_args": True},  # told below, without repeating a prompt
     short_help="Write lines to a session.",
 )
-@click.argument("sid")
+@click.argument("sid", shell_complete=complete_session)
 @click.argument("line")
 @click.option(
     "--timeout",
