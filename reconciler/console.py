@@ -17,6 +17,7 @@ import click
 
 if TYPE_CHECKING:
     from reconciler.keeper import KeeperManager
+    from reconciler.layout import Role
     from reconciler.settings import Settings, Sources
 
 FAILURE, USAGE, NO_SUCH_SESSION, TRY_AGAIN, NOT_KNOWN, BAD_SETTINGS = 1, 2, 3, 75, 76, 78
@@ -156,14 +157,26 @@ def seconds(_: click.Context, __: click.Parameter, value: float | None) -> float
 
 def complete_session(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
     """The sessions whose names begin so: by the names in the folder, no process is looked at."""
-    from reconciler.layout import parse_name
-    from reconciler.settings import SettingsError, load
+    from reconciler.layout import CLAIM
 
-    said = ctx.ensure_object(dict)
+    return _sessions(ctx, begun, CLAIM)
+
+
+def complete_logged(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
+    """The same, with those that have left no more than a log."""
+    from reconciler.layout import Role
+
+    return _sessions(ctx, begun, tuple(Role))
+
+
+def _sessions(ctx: click.Context, begun: str, roles: tuple[Role, ...]) -> list[str]:
+    from reconciler.layout import parse_name
+    from reconciler.settings import SettingsError
+
     with contextlib.suppress(SettingsError, OSError):
-        folder = Common(load(said.get("config")), said.get("sessions_dir")).folder()
+        folder = _loaded(ctx.ensure_object(dict)).folder()
         parsed = filter(None, map(parse_name, os.listdir(folder)))
-        found = {name.sid for name in parsed}
+        found = {name.sid for name in parsed if name.role in roles}
         return sorted(sid for sid in found if sid.startswith(begun))
     return []
 
@@ -231,11 +244,17 @@ def chosen() -> dict[str, Any]:
 
 
 def _common(said: dict[str, Any]) -> Common:
-    from reconciler.settings import SettingsError, Sources
+    from reconciler.settings import SettingsError
 
-    colors = not (said.get("no_color") or os.environ.get("NO_COLOR"))
     try:
-        sources = Sources.read(said.get("config"))
-        return Common(sources.settings(), sources, said.get("sessions_dir"), colors)
+        return _loaded(said)
     except SettingsError as error:
         fail(str(error), BAD_SETTINGS)
+
+
+def _loaded(said: dict[str, Any]) -> Common:
+    from reconciler.settings import Sources
+
+    colors = not (said.get("no_color") or os.environ.get("NO_COLOR"))
+    sources = Sources.read(said.get("config"))
+    return Common(sources.settings(), sources, said.get("sessions_dir"), colors)

@@ -43,8 +43,12 @@ class Terminal:
 
     def type(self, line: str) -> None:
         """Type a line, and Enter."""
-        self._run("send-keys", "-l", line)
+        self.hold(line)
         self._run("send-keys", "Enter")
+
+    def hold(self, line: str) -> None:
+        """Type the beginning of a line."""
+        self._run("send-keys", "-l", line)
 
     def press(self, key: str) -> None:
         """Press a key by tmux's name for it, say ``C-c``."""
