@@ -89,6 +89,10 @@ def test_every_command_that_takes_a_session_offers_them(
     assert bash(shell_env, command, "b") == [], "of this one there is only a log"
 
 
+def test_logs_are_offered_of_those_that_are_gone_too(shell_env: dict[str, str]) -> None:
+    assert bash(shell_env, "logs", "") == ["alpha", "alto", "beta"]
+
+
 def test_nothing_is_wrong_with_the_bash_script(cli: Cli) -> None:
     script = cli("completion", "bash").out
     done = subprocess.run(

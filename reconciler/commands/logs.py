@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from reconciler.console import FAILURE, INTERRUPTED, NO_SUCH_SESSION, Common, fail, pass_common
+from reconciler.console import (
+    FAILURE,
+    INTERRUPTED,
+    NO_SUCH_SESSION,
+    Common,
+    complete_logged,
+    fail,
+    pass_common,
+)
 
 if TYPE_CHECKING:
     from reconciler.tail import LogFile
@@ -44,7 +52,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> float | N
 
 
 @click.command(short_help="Show what a session has said.")
-@click.argument("sid")
+@click.argument("sid", shell_complete=complete_logged)
 @click.option("-f", "--follow", is_flag=True, help="Go on, and show what is said from now on.")
 @click.option(
     "-n",
