@@ -56,7 +56,7 @@ _RACY_NS = 1_000_000_000
 # A change is stamped with the kernel's tick: another one within it may bear the same time. So a
 # file counts as read for good only a good while after its last change (git does the same).
 
-_SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5; 77 on every architecture but three old ones
+SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5; 77 on every architecture but three old ones
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
@@ -114,7 +114,7 @@ class Folder:
         self._client: socket.socket | None = None
         status = os.fstat(self.fd)
         self.key = (status.st_dev, status.st_ino)
-        self.remote = _filesystem_of(status.st_dev) in NETWORK_FILESYSTEMS
+        self.remote = filesystem_of(status.st_dev) in NETWORK_FILESYSTEMS
 
     def close(self) -> None:
         """Close the descriptor, and with it any lock on the folder. May be called twice."""
@@ -358,7 +358,7 @@ def _peer(client: socket.socket, name: str, folder: tuple[int, int]) -> Peer:
     size = struct.calcsize("3i")
     pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     try:
-        descriptor = client.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        descriptor = client.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError as error:
         return Peer(Answer.ACCEPTED, pid, alive=error.errno == errno.ENOPROTOOPT)
     try:
@@ -384,7 +384,7 @@ def _is_bound_here(bound: str, name: str, folder: tuple[int, int]) -> bool:
     return (status.st_dev, status.st_ino) == folder
 
 
-def _filesystem_of(device: int) -> str:
+def filesystem_of(device: int) -> str:
     """The type of the mounted filesystem with this device number, or an empty string."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8") as mounts:

@@ -264,7 +264,7 @@ def test_a_filesystem_that_other_hosts_share(
     folder: Path, tmp_path: Path, fault: Fault, kind: str
 ) -> None:
     """A dead pid and a refused connect are no proof there."""
-    filesystem = folder_module._filesystem_of(folder.stat().st_dev)
+    filesystem = folder_module.filesystem_of(folder.stat().st_dev)
     program = (sys.executable, "-c", NETWORKED, filesystem)
     manager = manager_of(folder, kind)
     with innocents(1) as (innocent,), daemon_on(folder, tmp_path / "log", program) as daemon:

@@ -370,7 +370,7 @@ def test_a_listener_that_is_dead_though_its_descriptor_lives_on(opened: Folder) 
 def test_a_kernel_that_does_not_know_the_question_is_believed(
     opened: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_module, "_SO_PEERPIDFD", 9999)
+    monkeypatch.setattr(folder_module, "SO_PEERPIDFD", 9999)
     with listening(opened.path, NAME) as (pid,):
         assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
 
@@ -453,11 +453,11 @@ def test_a_local_folder_is_not_remote(opened: Folder) -> None:
 def test_a_network_filesystem_is_remote(
     folder: Path, monkeypatch: pytest.MonkeyPatch, filesystem: str, *, remote: bool
 ) -> None:
-    monkeypatch.setattr(folder_module, "_filesystem_of", lambda _: filesystem)
+    monkeypatch.setattr(folder_module, "filesystem_of", lambda _: filesystem)
     with Folder(folder) as opened:
         assert opened.remote == remote
 
 
-def test_the_filesystem_of_a_folder() -> None:
-    assert folder_module._filesystem_of(os.stat("/proc").st_dev) == "proc"
-    assert folder_module._filesystem_of(os.makedev(4000, 1)) == ""
+def test_thefilesystem_of_a_folder() -> None:
+    assert folder_module.filesystem_of(os.stat("/proc").st_dev) == "proc"
+    assert folder_module.filesystem_of(os.makedev(4000, 1)) == ""

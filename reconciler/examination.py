@@ -1,0 +1,401 @@
+"""What `doctor` reads: each check by itself, for some seconds at most, and changing nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import platform
+import queue
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reconciler.doctor import (
+    Diagnosis,
+    DiskFacts,
+    FolderFacts,
+    LogFacts,
+    ProgramFacts,
+    ServiceFacts,
+    WatchFacts,
+    judge_clock,
+    judge_daemon,
+    judge_descriptors,
+    judge_disk,
+    judge_folder,
+    judge_kernel,
+    judge_log,
+    judge_program,
+    judge_service,
+    judge_socket_path,
+    judge_watches,
+    problem,
+    warning,
+)
+from reconciler.folder import NETWORK_FILESYSTEMS as REMOTE
+from reconciler.folder import SO_PEERPIDFD, Folder, filesystem_of
+from reconciler.layout import CLAIM, parse_name, socket_address
+
+PATIENCE = 3.0
+"""Seconds that one check may take: a file on a server that hangs is no answer, too."""
+
+JOURNAL = "/run/systemd/journal/socket"
+"""Where journald listens; its own documentation's."""
+
+UNIT = "pi-reconciler.service"
+_A_UUID = "00000000-0000-0000-0000-000000000000"
+_LONGEST_NAME = 1 << 16  # bytes read of a file that tells a name or a version
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """What is examined.
+
+    Attributes:
+        sessions_dir: the folder.
+        agent: the agent's program, as the settings or the default name it.
+        keeper: the keeper's runtime, and what it is to run.
+        log_sink: where the daemon's log goes: ``stdout``, ``file`` or ``journald``.
+        log_file: the path of the sink ``file``.
+    """
+
+    sessions_dir: Path
+    agent: str
+    keeper: Sequence[str]
+    log_sink: str = "stdout"
+    log_file: str = ""
+
+
+def examine(patient: Patient, patience: float = PATIENCE) -> list[Diagnosis]:
+    """Make every check, all at once, and give what they came to in a fixed order."""
+    told: queue.SimpleQueue[tuple[str, Diagnosis]] = queue.SimpleQueue()
+    for name, check in CHECKS.items():
+        work = functools.partial(_tell, told, name, check, patient)
+        threading.Thread(target=work, name=name, daemon=True).start()
+    deadline = time.monotonic() + patience
+    found: dict[str, Diagnosis] = {}
+    with contextlib.suppress(queue.Empty):
+        while len(found) < len(CHECKS):
+            name, diagnosis = told.get(timeout=max(0.0, deadline - time.monotonic()))
+            found[name] = diagnosis
+    late = f"no answer within {patience:g} s"
+    return [found.get(name) or problem(name, late, "find out what hangs there") for name in CHECKS]
+
+
+def _tell(
+    told: queue.SimpleQueue[tuple[str, Diagnosis]],
+    name: str,
+    check: Callable[[Patient], Diagnosis],
+    patient: Patient,
+) -> None:
+    try:
+        diagnosis = check(patient)
+    except Exception as error:  # noqa: BLE001 - one check's trouble is not the others'
+        diagnosis = warning(name, f"{type(error).__name__}: {error}", "it could not be checked")
+    told.put((name, diagnosis))
+
+
+# -- The folder --------------------------------------------------------------------------------
+
+
+def _folder(patient: Patient) -> Diagnosis:
+    path = patient.sessions_dir
+    try:
+        with Folder(path) as folder:
+            closed = folder.closed_to_us()
+            distrust = folder.distrust()
+            sessions = 0 if closed else _sessions(folder)
+            return judge_folder(
+                FolderFacts(path=path, distrust=distrust, closed=closed, sessions=sessions)
+            )
+    except FileNotFoundError:
+        return judge_folder(FolderFacts(path=path, there=False))
+    except OSError as error:
+        return judge_folder(FolderFacts(path=path, error=error.strerror or str(error)))
+
+
+def _sessions(folder: Folder) -> int:
+    names = map(parse_name, folder.names())
+    return len({name.sid for name in names if name is not None and name.role in CLAIM})
+
+
+def _disk(patient: Patient) -> Diagnosis:
+    place = _nearest(patient.sessions_dir)
+    kind = filesystem_of(os.stat(place).st_dev)
+    room = os.statvfs(place)
+    return judge_disk(
+        DiskFacts(
+            kind=kind,
+            remote=kind in REMOTE,
+            read_only=bool(room.f_flag & os.ST_RDONLY),
+            space=room.f_bavail * room.f_frsize,
+            files=room.f_favail if room.f_files else None,
+        )
+    )
+
+
+def _nearest(path: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(each for each in (path, *path.parents) if os.path.isdir(each))
+
+
+def _socket_path(patient: Patient) -> Diagnosis:
+    size = len(os.fsencode(socket_address(patient.sessions_dir, _A_UUID)))
+    return judge_socket_path(size, 107 if sys.platform == "linux" else 103)
+
+
+# -- The system --------------------------------------------------------------------------------
+
+
+def _watches(patient: Patient) -> Diagnosis:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "inotify_init1"):
+        return judge_watches(WatchFacts(available=False))
+    facts = WatchFacts(
+        instances=_number_in("/proc/sys/fs/inotify/max_user_instances"),
+        watches=_number_in("/proc/sys/fs/inotify/max_user_watches"),
+    )
+    descriptor = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+    if descriptor < 0:
+        return judge_watches(replace(facts, no_instance=os.strerror(ctypes.get_errno())))
+    try:
+        delete_self = 0x400  # the rarest event: it is not waited for
+        place = os.fsencode(_nearest(patient.sessions_dir))
+        if libc.inotify_add_watch(descriptor, place, delete_self) < 0:
+            facts = replace(facts, no_watch=os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(descriptor)
+    return judge_watches(facts)
+
+
+def _number_in(path: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+        return int(file.read(32))
+    return None
+
+
+def _descriptors(patient: Patient) -> Diagnosis:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    sessions = 0
+    with contextlib.suppress(OSError), Folder(patient.sessions_dir) as folder:
+        sessions = _sessions(folder)
+    return judge_descriptors(None if hard == resource.RLIM_INFINITY else hard, sessions)
+
+
+def _kernel(_: Patient) -> Diagnosis:
+    version = f"{platform.system()} {platform.release()}"
+    return judge_kernel(pidfd=_has_pidfds(), peer_pidfd=_has_peer_pidfds(), version=version)
+
+
+def _has_pidfds() -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
+
+
+def _has_peer_pidfds() -> bool:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        try:
+            os.close(ours.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
+        except OSError:
+            return False
+    return True
+
+
+def _clock(_: Patient) -> Diagnosis:
+    suspended = 0.0
+    if sys.platform == "linux":
+        suspended = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    return judge_clock(time.time(), synchronized=_is_synchronized(), suspended=suspended)
+
+
+def _is_synchronized() -> bool | None:
+    """What the kernel knows of it: ``adjtimex`` without anything to adjust only reads."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "adjtimex"):
+        return None
+    timex = ctypes.create_string_buffer(512)  # struct timex: 208 bytes, `modes` 0
+    state: int = libc.adjtimex(timex)
+    unsynchronized = 5  # TIME_ERROR
+    return None if state < 0 else state != unsynchronized
+
+
+# -- Programs ----------------------------------------------------------------------------------
+
+
+def _agent(patient: Patient) -> Diagnosis:
+    advice = "npm install -g @earendil-works/pi-coding-agent, or name yours: agent_command"
+    return judge_program("agent", _program(patient.agent), advice)
+
+
+def _keeper(patient: Patient) -> Diagnosis:
+    program = _program(patient.keeper[0])
+    missing = [each for each in patient.keeper[1:] if os.path.isabs(each) and not _readable(each)]
+    facts = ProgramFacts(
+        name=program.name,
+        path=program.path,
+        interpreter=program.interpreter,
+        missing="".join(missing[:1]),
+    )
+    return judge_program("keeper", facts, "correct keeper_command, or install pi-reconciler again")
+
+
+def _readable(path: str) -> bool:
+    return os.path.isfile(path) and os.access(path, os.R_OK)
+
+
+def _program(name: str) -> ProgramFacts:
+    path = shutil.which(name)
+    if path is None:
+        return ProgramFacts(name=name, path=None)
+    wanted = _interpreter(path)
+    absent = wanted if wanted and shutil.which(wanted) is None else ""
+    return ProgramFacts(name=name, path=path, interpreter=absent, version=_version(path))
+
+
+def _interpreter(path: str) -> str:
+    """What a script's first line says that it runs under, or nothing."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        line = file.readline(256)
+        words = os.fsdecode(line[2:]).split() if line.startswith(b"#!") else []
+        if words and os.path.basename(words[0]) == "env":
+            words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
+        return "".join(words[:1])
+    return ""
+
+
+def _version(path: str) -> str:
+    """The version in the package.json that a program of npm's comes with, or nothing."""
+    for place in Path(os.path.realpath(path)).parents[:4]:
+        with contextlib.suppress(OSError, ValueError), open(place / "package.json", "rb") as file:
+            found = json.loads(file.read(_LONGEST_NAME))
+            return str(found.get("version", "")) if isinstance(found, dict) else ""
+    return ""
+
+
+# -- The log -----------------------------------------------------------------------------------
+
+
+def _log(patient: Patient) -> Diagnosis:
+    match patient.log_sink:
+        case "file":
+            place = os.path.abspath(os.path.expanduser(patient.log_file))
+            trouble = _unwritable(place)
+        case "journald":
+            place, trouble = JOURNAL, _unreachable(JOURNAL)
+        case _:
+            place = trouble = ""
+    return judge_log(LogFacts(sink=patient.log_sink, place=place, trouble=trouble))
+
+
+def _unwritable(path: str) -> str:
+    """Why a file cannot be written to, or made, or nothing. It is not opened."""
+    if os.path.lexists(path):
+        if not os.path.isfile(path):
+            return "it is no regular file"
+        return "" if os.access(path, os.W_OK) else "it may not be written to"
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"nothing may be made in {folder}"
+
+
+def _unreachable(path: str) -> str:
+    """Why nobody takes datagrams on a socket, or nothing. None is sent."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.setblocking(False)
+        try:
+            client.connect(path)
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
+
+
+# -- The daemon --------------------------------------------------------------------------------
+
+
+def _service(_: Patient) -> Diagnosis:
+    return judge_service(_service_facts())
+
+
+def _service_facts() -> ServiceFacts:
+    shown = ("LoadState", "ActiveState", "UnitFileState", "MainPID")
+    said = _ask("systemctl", "--user", "show", UNIT, f"--property={','.join(shown)}")
+    if isinstance(said, str):
+        return ServiceFacts(silent=said)
+    linger = _ask("loginctl", "show-user", str(os.getuid()), "--property=Linger")
+    return ServiceFacts(
+        installed=said.get("LoadState") == "loaded",
+        active=said.get("ActiveState", ""),
+        enabled=said.get("UnitFileState") in {"enabled", "enabled-runtime", "static", "linked"},
+        lingers=None if isinstance(linger, str) else linger.get("Linger") == "yes",
+        pid=int(said.get("MainPID", "0")),
+    )
+
+
+def _ask(program: str, *arguments: str) -> Mapping[str, str] | str:
+    """The properties that a program shows, or why it shows none."""
+    if shutil.which(program) is None:
+        return f"there is no {program}"
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=PATIENCE * 0.8,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program}: {type(error).__name__}"
+    if done.returncode != 0:
+        told = os.fsdecode(done.stderr).strip().splitlines()
+        return told[0] if told else f"{program} ended with {done.returncode}"
+    lines = os.fsdecode(done.stdout).splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def _daemon(patient: Patient) -> Diagnosis:
+    holder = None
+    with contextlib.suppress(OSError), Folder(patient.sessions_dir) as folder:
+        holder = folder.lock_holder()
+    service = _service_facts().pid if holder is not None else 0
+    return judge_daemon(holder, _runs(holder) if holder is not None else "", service)
+
+
+def _runs(pid: int) -> str:
+    """What a process is called; its arguments are not told."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:
+        return os.fsdecode(file.read(_LONGEST_NAME)).strip()
+    return ""
+
+
+CHECKS: Mapping[str, Callable[[Patient], Diagnosis]] = {
+    "folder": _folder,
+    "filesystem": _disk,
+    "socket path": _socket_path,
+    "file events": _watches,
+    "descriptors": _descriptors,
+    "kernel": _kernel,
+    "clock": _clock,
+    "agent": _agent,
+    "keeper": _keeper,
+    "log": _log,
+    "service": _service,
+    "daemon": _daemon,
+}
+"""Every check, in the order in which they are told."""
