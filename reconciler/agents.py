@@ -7,7 +7,7 @@ on positive evidence.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -102,11 +102,12 @@ class Agents:
         word = self._agent_probe(seen.sid, keeper.pid) if self._agent_probe else None
         if word is False:
             return Agent(AgentState.GONE, seen.now, evidence="the caller's probe says so")
-        children = self._processes.children(keeper.pid)
         registered = self._registry.agent_pid(seen.sid, keeper.pid) if self._registry else None
-        for pid in (seen.agent_file.pid, registered, *(children or ())):
-            if pid and (child := self._child(pid, keeper, seen.now)):
-                return child
+        if child := self._child_among((seen.agent_file.pid, registered), keeper, seen.now):
+            return child
+        children = self._processes.children(keeper.pid)  # not asked for where a file names it
+        if child := self._child_among(children or (), keeper, seen.now):
+            return child
         if word is True:
             return Agent(AgentState.ALIVE, seen.now, evidence="the caller's probe says so")
         if children is None:
@@ -120,6 +121,12 @@ class Agents:
         if evidence := _evidence_of_end(seen, before, children):
             return Agent(AgentState.GONE, seen.now, evidence=evidence)
         return Agent(AgentState.NEVER_SEEN, seen.now)
+
+    def _child_among(
+        self, pids: Iterable[int | None], parent: ProcessId, now: float
+    ) -> Agent | None:
+        found = (self._child(pid, parent, now) for pid in pids if pid)
+        return next((child for child in found if child is not None), None)
 
     def _child(self, pid: int, parent: ProcessId, now: float) -> Agent | None:
         """The agent, when the pid is the keeper's living child: that is the proof."""

@@ -80,6 +80,24 @@ def test_the_child_that_the_agent_pid_file_names(manager: KeeperManager, probe: 
     assert agent.evidence == f"process {pid} is the keeper's child"
 
 
+def test_children_are_asked_for_only_where_no_file_names_the_agent(
+    manager: KeeperManager, opened: Folder
+) -> None:
+    """To ask costs two walks in /proc, session by session, at every full look."""
+    keeper = spawn(manager, SID).keeper_pid
+    agent = identity(agent_of(manager, SID))
+    asked: list[int] = []
+
+    def children(pid: int) -> tuple[int, ...]:
+        asked.append(pid)
+        return (agent.pid,)
+
+    probe = Probe(opened, processes=Odd(children=children))
+    assert (probe.look(SID).agent.process, asked) == (agent, [])
+    agent_file(manager.sessions_dir).unlink()
+    assert (probe.look(SID).agent.process, asked) == (agent, [keeper])
+
+
 def test_the_child_of_a_keeper_of_another_make(node_manager: KeeperManager, probe: Probe) -> None:
     spawn(node_manager, SID)
     pid = agent_of(node_manager, SID)
