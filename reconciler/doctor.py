@@ -64,6 +64,39 @@ def problem(check: str, found: str, advice: str) -> Diagnosis:
     return Diagnosis(check, State.PROBLEM, found, advice)
 
 
+# -- The settings ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsFacts:
+    """What was read of the settings.
+
+    Attributes:
+        path: the file.
+        there: it exists.
+        error: all that is wrong with what is said, or nothing.
+        variables: how many variables say something.
+        writers: who else may write to the file, or nothing.
+    """
+
+    path: Path
+    there: bool = True
+    error: str = ""
+    variables: int = 0
+    writers: str = ""
+
+
+def judge_settings(facts: SettingsFacts) -> Diagnosis:
+    """Whether the settings can be used, and are nobody else's to change."""
+    if facts.error:
+        return problem("settings", facts.error, "pi-reconciler config check")
+    if facts.writers:
+        found = f"{facts.path} may be written to by {facts.writers}, who can name what you run"
+        return problem("settings", found, f"chmod go-w {shlex.quote(str(facts.path))}, or own it")
+    file = str(facts.path) if facts.there else f"no {facts.path}: the defaults"
+    return ok("settings", file + (f", {facts.variables} by variables" if facts.variables else ""))
+
+
 # -- The folder --------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from reconciler.doctor import (
     LogFacts,
     ProgramFacts,
     ServiceFacts,
+    SettingsFacts,
     State,
     WatchFacts,
     judge_clock,
@@ -24,6 +25,7 @@ from reconciler.doctor import (
     judge_log,
     judge_program,
     judge_service,
+    judge_settings,
     judge_socket_path,
     judge_watches,
 )
@@ -62,6 +64,16 @@ def service(**facts: object) -> Diagnosis:
 @pytest.mark.parametrize(
     ("diagnosis", "state", "found", "advice"),
     [
+        (judge_settings(SettingsFacts(path=HERE)), "ok", "/a b", ""),
+        (judge_settings(SettingsFacts(path=HERE, variables=2)), "ok", "/a b, 2 by variables", ""),
+        (judge_settings(SettingsFacts(path=HERE, there=False)), "ok", "no /a b: the def", ""),
+        (judge_settings(SettingsFacts(path=HERE, error="bad")), "problem", "bad", "config check"),
+        (
+            judge_settings(SettingsFacts(path=HERE, writers="everybody")),
+            "problem",
+            "/a b may be written to by everybody",
+            "chmod go-w '/a b'",
+        ),
         (folder(sessions=3), "ok", "/a b, nobody else's, sessions: 3", ""),
         (folder(there=False), "ok", "is not there yet", ""),
         (folder(error="Not a directory"), "problem", "Not a directory", "ls -ld '/a b'"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import WAIT, asynchronous, bare_socket
+from terminal import a_terminal
 from test_cli import Cli, cli, lines_of
 
 from reconciler import KeeperManager, Reconciler, examination
@@ -279,7 +280,7 @@ def well(cli: Cli) -> Cli:
 def test_doctor_is_0_where_there_is_no_problem(well: Cli) -> None:
     ended = well("doctor")
     assert ended.code == 0, ended
-    told = r"^ok +settings +no .*: the defaults, 2 from variables$"
+    told = r"^ok +settings +no .*: the defaults, 2 by variables$"
     assert re.search(told, ended.out, re.MULTILINE)
     assert re.search(r"^warning +daemon .*\n +-> pi-reconciler run", ended.out, re.MULTILINE)
     assert re.fullmatch(r"pi-reconciler: no problems, \d warnings?\n", ended.err)
@@ -309,6 +310,37 @@ def test_doctor_goes_on_where_the_settings_are_bad(well: Cli, tmp_path: Path) ->
     assert "problem  settings" in ended.out
     assert "did you mean resync?" in ended.out
     assert "file events" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("mode", "writers"), [(0o644, ""), (0o664, "its group"), (0o666, "everybody")]
+)
+def test_settings_that_others_may_change_are_a_problem(
+    well: Cli, tmp_path: Path, mode: int, writers: str
+) -> None:
+    settings = tmp_path / "config.toml"
+    settings.touch()
+    settings.chmod(mode)
+    (told,) = [
+        e for e in well("doctor", "--config", settings, "--json").json if e["check"] == "settings"
+    ]
+    assert told["state"] == ("problem" if writers else "ok")
+    assert f"may be written to by {writers}," in told["found"] or not writers
+
+
+def test_doctor_on_a_terminal_is_coloured_unless_told_not_to(well: Cli, tmp_path: Path) -> None:
+    program = script(
+        tmp_path / "pi-reconciler", f'#!/bin/sh\nexec {sys.executable} -m reconciler "$@"\n'
+    )
+    with a_terminal(tmp_path, well.env) as terminal:
+        terminal.type(f"{program} doctor")
+        assert "ok       settings" in terminal.shows("no problems,")
+        coloured = terminal._run("capture-pane", "-p", "-e")
+        assert re.search("\x1b\\[32mok", coloured)
+        terminal.type(f"clear; {program} doctor --no-color")
+        terminal.shows("no problems,")
+        assert "\x1b[32m" not in terminal._run("capture-pane", "-p", "-e")
+    assert "\x1b" not in well("doctor").out
 
 
 def test_doctor_finds_the_daemon(well: Cli) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -293,6 +294,26 @@ def test_every_key_has_a_variable_of_its_own() -> None:
     variables = [key.variable for key in KEYS.values()]
     assert len(set(variables)) == len(KEYS)
     assert not RESERVED & set(variables)
+
+
+def test_every_variable_that_the_project_knows_is_a_setting_or_reserved() -> None:
+    """A test's own, say, would else be refused by each program that inherits it."""
+    root = Path(__file__).parent.parent
+    wrong = {"test_settings.py", "test_cli_config.py"}
+    sources = [
+        root / "Makefile",
+        *(root / "reconciler").rglob("*.py"),
+        *(root / "tests").glob("*.py"),
+    ]
+    known = RESERVED | {key.variable for key in KEYS.values()}
+    for source in sources:
+        if source.name not in wrong:
+            told = set(re.findall(r"\bPI_RECONCILER_[A-Z_]+[A-Z]\b", source.read_text()))
+            assert told <= known, source
+
+
+def test_what_is_taken_at_once_is_a_key_or_a_table() -> None:
+    assert KEYS.keys() | TABLES.keys() >= schema.AT_ONCE
 
 
 def test_variables_of_ours_that_are_no_settings_say_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,18 +70,37 @@ def _counted(number: int, what: str) -> str:
 
 def _settings() -> tuple[Settings, Diagnosis]:
     """The settings, or the defaults where they cannot be used; and which of the two."""
-    from reconciler.doctor import ok, problem
-    from reconciler.settings import Settings, SettingsError, Sources
+    from reconciler.doctor import SettingsFacts, judge_settings
+    from reconciler.settings import Settings, SettingsError, Sources, default_path
 
+    path: Path = chosen().get("config") or default_path()
     try:
         sources = Sources.read(chosen().get("config"))
         settings = sources.settings()
     except SettingsError as error:
-        return Settings(), problem("settings", str(error), "pi-reconciler config check")
-    there = os.path.exists(sources.path)
-    file = f"{sources.path}" if there else f"no {sources.path}: the defaults"
-    variables = f", {len(sources.variables)} from variables" if sources.variables else ""
-    return settings, ok("settings", file + variables)
+        return Settings(), judge_settings(SettingsFacts(path=path, error=str(error)))
+    facts = SettingsFacts(
+        path=path,
+        there=os.path.exists(path),
+        variables=len(sources.variables),
+        writers=_writers(path),
+    )
+    return settings, judge_settings(facts)
+
+
+def _writers(path: Path) -> str:
+    """Who may write to a file besides us and root, or nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    if not stat.S_ISREG(status.st_mode):
+        return ""
+    if status.st_uid not in {0, os.geteuid()}:
+        return f"uid {status.st_uid}"
+    if status.st_mode & stat.S_IWOTH:
+        return "everybody"
+    return "its group" if status.st_mode & stat.S_IWGRP else ""
 
 
 def _patient(settings: Settings) -> Patient:
