@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from reconciler import __version__
 from reconciler.folder import Answer, Folder
 from reconciler.layout import CONTROL_SOCKET
-from reconciler.logs import as_json
+from reconciler.logs import SEVERITIES, as_json
 from reconciler.reports import ACTIONS, Log
 from reconciler.state import SessionTable
 
@@ -219,7 +219,13 @@ class Control:
             self._tap.listener = None
 
     def _tell(self, level: str, event: str, fields: Mapping[str, object]) -> None:
-        stamped = {**fields, "timestamp": _stamp(time.time()), "level": level, "event": event}
+        stamped = {
+            **fields,
+            "timestamp": _stamp(time.time()),
+            "level": level,
+            "severity_number": SEVERITIES[level],
+            "event": event,
+        }
         line = as_json(stamped) + b"\n"
         for listener in tuple(self._listeners):
             listener.tell(line)

@@ -99,6 +99,9 @@ SAY_AGAIN_AFTER = 10.0  # seconds between two log lines on the same kind of refu
 WELCOME_TURNS = 3  # for a new connection at once: a key, lines, the end
 PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
+SEVERITIES = {"info": 9, "warning": 13, "error": 17}  # OpenTelemetry's severity_number
+TEXT = 1200  # bytes of a text in a log line, of which there are six: so 8,000 are never reached
+
 LF = 0x0A
 STDERR = 2
 ENDING = (signal.SIGTERM, signal.SIGINT)
@@ -348,9 +351,10 @@ class Log:
         self._said[kind] = (now, 0)
         self.say("warning", f"keeper.{kind}", message, unsaid=times, **more)
 
-    def unsaid(self) -> dict[str, int]:
-        """How often each kind of refusal came since it was last said."""
-        return {kind: times for kind, (_, times) in self._said.items() if times}
+    def unsaid(self) -> dict[str, object]:
+        """How often refusals came since they were last said: all, and each kind."""
+        kinds = {f"unsaid_{kind}": times for kind, (_, times) in self._said.items() if times}
+        return {"unsaid": sum(kinds.values()), **kinds}
 
     def cut(self) -> None:
         """Cut the log over its cap to its newer half, from the start of a line, in place."""
@@ -391,8 +395,29 @@ class Log:
 def _record(level: str, event: str, message: str, sid: str, more: dict[str, object]) -> bytes:
     now = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-    known = {"timestamp": stamp, "level": level, "event": event, "message": message}
-    return json.dumps(known | {"sid": sid, "keeper_pid": os.getpid()} | more).encode() + b"\n"
+    known = {"timestamp": stamp, "level": level, "severity_number": SEVERITIES[level]}
+    known |= {"event": event, "message": message, "sid": sid, "keeper_pid": os.getpid()} | more
+    left_out = 0
+    for key, value in known.items():
+        if isinstance(value, str):
+            known[key], less = _short(value)
+            left_out += less
+    if left_out:
+        known["truncated"] = left_out
+    return json.dumps(known).encode() + b"\n"
+
+
+def _short(text: str) -> tuple[str, int]:
+    """A text that any reader of JSON takes, and how many bytes were cut out of its middle."""
+    text = text.encode("utf-8", "backslashreplace").decode()  # no lone surrogates
+    size = len(json.dumps(text))
+    if size <= TEXT:
+        return text, 0
+    keep = TEXT
+    while len(json.dumps(text)) > TEXT:
+        text = f"{text[: keep // 2]}\u2026{text[-(keep // 2) :]}"
+        keep = keep * 3 // 4
+    return text, size - len(json.dumps(text))
 
 
 # --- what the keeper waits for ------------------------------------------------------------
@@ -1185,7 +1210,7 @@ class Keeper:
             self._remove_files()
             if self._agent.reap() is None:
                 self._agent.kill()
-        self._say("info", "keeper.stop", "keeper stopped", unsaid=self._log.unsaid())
+        self._say("info", "keeper.stop", "keeper stopped", **self._log.unsaid())
         return self._exit_code
 
     def _pause(self) -> float | None:

@@ -449,6 +449,28 @@ def keeper_module() -> Any:  # noqa: ANN401 - nobody imports it
     return module
 
 
+@pytest.mark.parametrize("text", ["x", "\udcff", "\0", "\n", "ü", "😀", '"'])
+@pytest.mark.parametrize("times", [1, 1198, 9000])
+def test_a_log_line_is_short_flat_and_of_whole_characters(text: str, times: int) -> None:
+    more = dict.fromkeys(("reason", "error", "setting"), text * times)
+    line = keeper_module()._record("error", "keeper.failed", text * times, "s" * 100, more)
+    assert len(line) <= 8000
+    assert line.endswith(b"\n")
+    told = json.loads(line)
+    json.dumps(told, ensure_ascii=False).encode()  # no lone surrogate
+    whole = (text * times).encode(errors="backslashreplace").decode()
+    if "truncated" in told:
+        head, tail = told["message"].split("…")
+        assert whole.startswith(head)
+        assert whole.endswith(tail)
+        assert 0 <= len(head) - len(tail) < 2
+        assert len(json.dumps(told["message"])) > 800, "no more is cut than has to be"
+    else:
+        assert told["message"] == told["reason"] == whole
+        assert times < 9000
+    assert (told["level"], told["severity_number"]) == ("error", 17)
+
+
 @pytest.mark.parametrize(
     ("text", "pid"),
     [
@@ -1147,7 +1169,8 @@ def test_refusals_cannot_fill_the_log(session: Session, out: Path) -> None:
         assert not session.send(b"secret half")
     session.end()
     assert session.events().count("keeper.broken_line") == 1
-    assert session.log_lines()[-1]["unsaid"] == {"broken_line": 299}
+    last = session.log_lines()[-1]
+    assert (last["unsaid"], last["unsaid_broken_line"]) == (299, 299)
     assert "secret" not in session.log.read_text()
 
 

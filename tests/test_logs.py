@@ -57,9 +57,10 @@ def test_a_line_begins_with_time_level_event_and_the_known_keys(
 ) -> None:
     before = datetime.now(UTC)
     told = say("session.cleaned", zone=1, reason="keeper dead", keeper_pid=7, sid="a", apple=2)
-    assert list(told)[:6] == ["timestamp", "level", "event", "sid", "keeper_pid", "reason"]
-    assert set(list(told)[6:]) == {"zone", "apple"}
-    assert told["level"] == "info"
+    first = ["timestamp", "level", "severity_number", "event", "sid", "keeper_pid", "reason"]
+    assert list(told) == [*first, *(key for key in told if key not in first)]
+    assert set(told) - set(first) == {"zone", "apple"}
+    assert (told["level"], told["severity_number"]) == ("info", 9)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", told["timestamp"])
     time = datetime.fromisoformat(told["timestamp"])
     assert timedelta(0) <= time - before < timedelta(seconds=WAIT)
@@ -108,13 +109,17 @@ def circle() -> list[object]:
     [
         (math.nan, None),
         (math.inf, None),
-        ({"deep": [-math.inf]}, {"deep": [None]}),
+        ({"deep": [-math.inf]}, '{"deep":[null]}'),
+        ([1, [2]], "[1,[2]]"),
+        ([{}], "[{}]"),
+        ([], []),
+        ("[[,[{", "[[,[{"),
         ("lone \udc80 surrogate", "lone \\udc80 surrogate"),
         ("two\nlines\r\u2028", "two\nlines\r\u2028"),
         (object, "<class 'object'>"),
         (Odd(), "odd \\ud800"),
         (NoWords(), "<NoWords>"),
-        ({(1, 2): 3}, {"(1, 2)": 3}),
+        ({(1, 2): 3}, '{"(1, 2)":3}'),
         ({"\ud800": 3}, "{'\\ud800': 3}"),
         (1 << 80, 1 << 80),
         (circle(), "[1, [...]]"),
@@ -247,19 +252,6 @@ def test_a_stream_that_was_closed_is_no_error() -> None:
 
 def test_no_stream_at_all_is_no_error() -> None:
     make_logger(None).error("event.name")
-
-
-def test_a_line_longer_than_the_pipe_arrives_whole_when_it_is_read(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    with (
-        (tmp_path / "log").open("wb") as file,
-        subprocess.Popen(["cat"], stdin=reading, stdout=file),
-    ):
-        os.close(reading)
-        with open(writing, "w") as stream:
-            make_logger(stream).info("event.name", text="z" * 1_000_000)
-            assert flush(WAIT) == 0
-    assert json.loads((tmp_path / "log").read_text())["text"] == "z" * 1_000_000
 
 
 # -- The reference of events -------------------------------------------------------------------

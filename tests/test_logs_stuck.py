@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import pytest
 from conftest import WAIT, program_environment, stale_pair, until
 
-from reconciler import logs
+from reconciler import sinks
 from reconciler.logs import flush, make_logger
 
 PAGE = 4096
@@ -70,7 +70,7 @@ def test_lines_that_wait_for_the_reader_come_whole_and_in_order(pipe: Pipe) -> N
 def test_what_is_too_much_to_wait_is_dropped_and_counted(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "BACKLOG", 20_000)
+    monkeypatch.setattr(sinks, "BACKLOG", 20_000)
     log = make_logger(pipe.stream)
     for number in range(200):
         log.info("event.name", number=number, text="x" * 300)
@@ -89,7 +89,7 @@ def test_what_is_too_much_to_wait_is_dropped_and_counted(
 def test_a_line_longer_than_all_that_may_wait_is_dropped(
     pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "BACKLOG", 1000)
+    monkeypatch.setattr(sinks, "BACKLOG", 1000)
     log = make_logger(pipe.stream)
     log.info("event.name", number=0, text="x" * 1000)
     log.info("event.name", number=1)
@@ -153,7 +153,7 @@ def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.M
         return write(descriptor, data)
 
     with (tmp_path / "log").open("w") as stream, monkeypatch.context() as patch:
-        patch.setattr("reconciler.logs.os.write", hangs)
+        patch.setattr("reconciler.sinks.os.write", hangs)
         log = make_logger(stream)
         log.info("event.name", number=0)
         assert arrived.wait(WAIT)
@@ -168,7 +168,7 @@ def test_a_disk_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.M
 def test_the_thread_ends_when_nobody_logs_and_another_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "_LINGER", 0.01)
+    monkeypatch.setattr(sinks, "_LINGER", 0.01)
     with (tmp_path / "log").open("w") as stream:
         log = make_logger(stream)
         for number in range(3):
@@ -217,7 +217,7 @@ def test_after_a_fork_each_writes_its_own_lines_once(tmp_path: Path) -> None:
 
 
 DAEMON = (  # the program, but that less may wait: so few sessions as a test has fill it
-    "import reconciler.logs; reconciler.logs.BACKLOG = 20_000\n"
+    "import reconciler.sinks; reconciler.sinks.BACKLOG = 20_000\n"
     "from reconciler.cli import main; main()"
 )
 

@@ -108,6 +108,7 @@ def test_an_action_is_told_with_its_evidence_and_counted(
     told.pop("timestamp")
     assert told == {
         "level": "info",
+        "severity_number": 9,
         "event": event,
         "sid": "demo",
         "keeper_pid": 4711,

@@ -127,7 +127,7 @@ SECONDS = "seconds above 0, 86400 at most"
         ("[write]\nbackoff = [-1]", "write.backoff is [-1], allowed: a list of seconds from 0"),
         ("[write]\nbackoff = 1", "write.backoff is 1, allowed: a list of seconds from 0 to"),
         ("[log]\nlevel = 'loud'", "log.level is 'loud', allowed: one of debug, info, warning"),
-        ("[log]\nform = 1", "log.form is 1, allowed: one of auto, json, console"),
+        ("[log]\nform = 1", "log.form is 1, allowed: one of auto, json, ecs, console"),
         (
             "[log_budget]\ntotal = 65535",
             "log_budget.total is 65535, allowed: a whole number of bytes",

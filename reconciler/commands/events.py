@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PAUSE = 0.25
 # Seconds between two looks for a background process where there is none.
 
-_HEAD = frozenset({"timestamp", "level", "event", "sid", "reason", "detail"})
+_HEAD = frozenset({"timestamp", "level", "severity_number", "event", "sid", "reason", "detail"})
 _COLORS = {"warning": "yellow", "error": "red", "debug": "bright_black"}
 
 

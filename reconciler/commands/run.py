@@ -55,8 +55,31 @@ def _address(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 )
 @click.option(
     "--log-form",
-    type=click.Choice(["auto", "json", "console"]),
+    type=click.Choice(["auto", "json", "ecs", "console"]),
     help="How log lines look; auto: console form on a terminal, else JSON.  [default: auto]",
+)
+@click.option(
+    "--log-sink",
+    type=click.Choice(["stdout", "file", "journald"]),
+    help="Where log lines go.  [default: file with --log-file, else stdout]",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Append log lines to it, even when it is renamed meanwhile.",
+)
+@click.option(
+    "--log-rotate-bytes",
+    type=click.IntRange(0, 1 << 50),
+    metavar="N",
+    help="Rename that file to FILE.1 when it grows over N bytes; 0: never.  [default: 0]",
+)
+@click.option(
+    "--log-rotate-keep",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="How many of FILE.1, FILE.2 ... are kept.  [default: 5]",
 )
 @click.option(
     "--metrics",
@@ -74,21 +97,26 @@ def run(
     once: bool,
     dry_run: bool,
     resync: float | None,
-    log_level: Any,  # noqa: ANN401 - one of click's choices
-    log_form: Any,  # noqa: ANN401 - one of click's choices
+    log_level: str | None,
+    log_form: str | None,
+    log_sink: str | None,
+    log_file: str | None,
+    log_rotate_bytes: int | None,
+    log_rotate_keep: int | None,
     metrics: tuple[str, int] | None,
     metrics_public: bool,
 ) -> None:
     """Keep the sessions folder right: the background process.
 
-    Its log goes to standard output. SIGTERM or SIGINT end it; keepers and agents live on. SIGHUP
-    has it take changed settings (and ends it once its terminal is gone). Only one can work on a
-    folder; with --dry-run another one may look on.
+    Its log goes to standard output, to a file or to the journal. SIGTERM or SIGINT end it;
+    keepers and agents live on. SIGHUP has it take changed settings (and ends it once its
+    terminal is gone). Only one can work on a folder; with --dry-run another one may look on.
 
     \b
     Clean up once, and end:           pi-reconciler run --once
     See what that would do:           pi-reconciler run --once --dry-run
     Log and metrics for an operator:  pi-reconciler run --log-form json --metrics 127.0.0.1:9464
+    A log of 5 files, 10 MB each:     pi-reconciler run --log-file FILE --log-rotate-bytes 10000000
     """  # noqa: D301 - click wants the real character
     import gc
 
@@ -98,13 +126,18 @@ def run(
 
         import structlog  # noqa: F401 - it has to be now
     from reconciler.controller import Reconciler
-    from reconciler.logs import LogSettings, make_logger
     from reconciler.reloads import Reloads
 
     settings = given.settings
-    said = settings.log or LogSettings()
-    level, form = log_level or said.level, log_form or said.form
-    log = make_logger(sys.stdout, level, form, colors=given.colors)
+    about_log = {
+        "log.level": log_level,
+        "log.form": log_form,
+        "log.sink": log_sink or ("file" if log_file else None),
+        "log.file": log_file,
+        "log.rotate_bytes": log_rotate_bytes,
+        "log.rotate_keep": log_rotate_keep,
+    }
+    log = _log(given, about_log)
     exposition = _exposition(settings, metrics, public=metrics_public)
     reconciler = Reconciler(
         given.manager(),
@@ -115,7 +148,7 @@ def run(
         metrics=_counting() if exposition else None,
         control=True,
     )
-    flags = _flags(given, {"resync": resync, "log.level": log_level, "log.form": log_form})
+    flags = _flags(given, {"resync": resync, **about_log})
     reloads = functools.partial(
         Reloads, given.sources._replace(flags=flags), _taker(given, reconciler, log), reconciler.log
     )
@@ -139,6 +172,20 @@ def _left_out(*names: str) -> Iterator[None]:
     finally:
         for name in absent:
             del sys.modules[name]
+
+
+def _log(given: Common, flags: Mapping[str, Any]) -> FilteringBoundLogger:
+    """The program's own log: as the flags say, or else the settings."""
+    import dataclasses
+
+    from reconciler.logs import LogSettings, SinkError, open_log
+
+    asked = {name.removeprefix("log."): said for name, said in flags.items() if said is not None}
+    said = dataclasses.replace(given.settings.log or LogSettings(), **asked)
+    try:
+        return open_log(said, sys.stdout, colors=given.colors)
+    except SinkError as error:
+        fail(str(error), BAD_SETTINGS)
 
 
 def _exposition(
