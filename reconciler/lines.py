@@ -19,7 +19,9 @@ _OURS = (b'{"timestamp": "', b'{"timestamp":"')
 _THEIRS = re.compile(
     rb"(?P<timestamp>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?Z) (?P<message>.*)", re.DOTALL
 )
-_KNOWN = frozenset({"timestamp", "level", "event", "message", "sid", "keeper_pid"})
+_KNOWN = frozenset(
+    {"timestamp", "level", "severity_number", "event", "message", "sid", "keeper_pid"}
+)
 _SPAN = re.compile(r"(?:\d{1,9}[smhdw])+", re.ASCII)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 

@@ -786,7 +786,7 @@ def test_run_on_a_folder_that_is_named_in_a_roundabout_way(cli: Cli) -> None:
 def test_run_writes_json_lines_to_a_pipe(cli: Cli) -> None:
     for line in cli("run", "--once").out.splitlines():
         told = json.loads(line)
-        assert list(told)[:3] == ["timestamp", "level", "event"]
+        assert list(told)[:4] == ["timestamp", "level", "severity_number", "event"]
         assert datetime.fromisoformat(told["timestamp"]).tzinfo == UTC
         assert told["timestamp"].endswith("Z")
 
