@@ -240,6 +240,7 @@ class Control:
         return {
             "timestamp": _stamp(time.time()),
             "level": "info",
+            "severity_number": SEVERITIES["info"],
             "event": "reconciler.status",
             "version": __version__,
             "pid": os.getpid(),
@@ -332,6 +333,7 @@ def _dropped(lines: int) -> bytes:
     notice: dict[str, Any] = {
         "timestamp": _stamp(time.time()),
         "level": "warning",
+        "severity_number": SEVERITIES["warning"],
         "event": "control.lines_dropped",
         "lines_dropped": lines,
     }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NOT_RUNNING, NOT_KNOWN = 3, 4
 """Exit codes of `systemctl status`."""
 
-_NO_STATUS = frozenset({"timestamp", "level", "event", "streams"})
+_NO_STATUS = frozenset({"timestamp", "level", "severity_number", "event", "streams"})
 # What the daemon's line says beside how it stands.
 
 
