@@ -17,12 +17,13 @@ from fuzzing.target import Check, Target, expect, pure
 from reconciler import keeper_process
 from reconciler.folder import PID_FILE_LIMIT, Folder
 from reconciler.ladder import Ladder
+from reconciler.layout import PREFIX
 from reconciler.logs import LogSettings
 from reconciler.processes import SYSTEM
 from reconciler.registry import Registry
 from reconciler.rpc_writer import WritePolicy
 from reconciler.schema import KEYS, TABLES
-from reconciler.settings import Settings, SettingsError, parse
+from reconciler.settings import Settings, SettingsError, Sources, parse
 from reconciler.state import Entry, EntryKind, Policy
 
 LARGEST_PID = 2**31 - 1
@@ -154,6 +155,17 @@ def check_settings(text: bytes) -> None:
     _judge_settings(settings)
 
 
+def check_variable(text: bytes) -> None:
+    """So are those of a variable, whatever a name stands for; its text has no NUL."""
+    name, _, value = text.replace(b"\0", b"").partition(b"=")
+    variables = {PREFIX + os.fsdecode(name): os.fsdecode(value)}
+    try:
+        settings = Sources(Path("none"), named=False, text=b"", variables=variables, flags={})
+        _judge_settings(settings.settings())
+    except SettingsError as error:
+        expect(str(error).startswith(("environment: ", "[")), f"{error} does not say where")
+
+
 def _judge_settings(settings: Settings) -> None:
     texts = (*settings.programs, *settings.keeper_command, *settings.agent_command)
     expect(all(type(text) is str for text in texts), f"{texts} are no texts")
@@ -265,6 +277,25 @@ TARGETS = (
             *(b" = ", b'""', b"nan", b"-inf", b"1e400", b"0x", b"\\u0000", b"~"),
         ),
         longest=300,
+    ),
+    Target(
+        "variable",
+        pure(check_variable),
+        (
+            b"RESYNC=5",
+            b"SESSIONS_DIR=~/x",
+            b'PROGRAMS=["a", "b"]',
+            b"WRITE_BACKOFF=[0.05, 1e-3]",
+            b"LOG_LEVEL=debug",
+            b"RESINK=5",
+            b"AGENT_COMMAND=[[[[",
+            b"POLICY_SETTLE=\xff",
+        ),
+        (
+            *(key.variable.removeprefix(PREFIX).encode() + b"=" for key in KEYS.values()),
+            *(b"nan", b"-inf", b"1e400", b"0x", b"\\u0000", b'["', b'"]', b"\xed\xa0\x80"),
+        ),
+        longest=100,
     ),
     Target(
         "process-name",

@@ -26,6 +26,9 @@ KEEPER_PROGRAM = Path(__file__).parent / "launcher" / "keeper_process.py"
 """Our keeper, as it is run: by path, from its bytecode. No room imports it."""
 
 
+PREFIX = "PI_RECONCILER_"
+"""What every environment variable of ours begins with."""
+
 SESSION_MARKER = "PI_RECONCILER_SESSION"
 """Our keeper sets it to the session id for its agent, and all that this one starts inherits it."""
 

@@ -22,12 +22,11 @@ import msgspec
 from reconciler.addresses import MetricsSettings
 from reconciler.budget import LogBudget
 from reconciler.ladder import Ladder
+from reconciler.layout import PREFIX
 from reconciler.logs import LogSettings
 from reconciler.ranges import Pattern, Range
 from reconciler.rpc_writer import WritePolicy
 from reconciler.state import Policy
-
-PREFIX = "PI_RECONCILER_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

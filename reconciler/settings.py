@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from reconciler.layout import PREFIX
+
 if TYPE_CHECKING:
     from reconciler.addresses import MetricsSettings
     from reconciler.budget import LogBudget
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
     from reconciler.sources import Said
     from reconciler.state import Policy
 
-
-PREFIX = "PI_RECONCILER_"
-"""What every environment variable of ours begins with."""
 
 RESERVED = frozenset(
     PREFIX + name

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from reconciler.schema import KEYS, PREFIX, TABLES, Key
+from reconciler.layout import PREFIX
+from reconciler.schema import KEYS, TABLES, Key
 
 _UNTOLD = "something else (not repeated here)"
 _LONGEST = 60
