@@ -136,6 +136,7 @@ class Exchange:
         self._attempts: list[Attempt] = []
         self._link: Link | None = None
         self._live = False  # an attempt is on
+        self._streams = False  # others wait for what it has sent
         self._sending = False  # a message of a stream is on its way
         self._size = len(data)
         self._refused = 0  # messages that never got to the connection
@@ -204,7 +205,8 @@ class Exchange:
 
     def attempt(self, deadline: float) -> Script[None]:
         """Connect, send everything, take the receipt."""
-        with _Noted(self):
+        self._begin_attempt()
+        try:
             patience = Patience(self._desk.policy, deadline)
             link = yield from self._connected(patience)
             if self._key is None:
@@ -212,7 +214,10 @@ class Exchange:
             else:
                 with self._once(link, self._key):
                     reason = yield from link.deliver(self._data, patience)
-            self._settle(reason)
+        except BaseException as failure:
+            self._end_attempt(failure)
+            raise
+        self._settle(reason)
 
     @contextlib.contextmanager
     def _once(self, link: Link, key: str) -> Iterator[None]:
@@ -237,9 +242,14 @@ class Exchange:
 
     def opening(self, deadline: float) -> Script[None]:
         """Open a stream."""
-        with _Noted(self):
+        self._begin_attempt()
+        try:
             link = yield from self._connected(Patience(self._desk.policy, deadline))
-            self._desk.lanes.add_stream(self.sid, link)
+        except BaseException as failure:
+            self._end_attempt(failure)
+            raise
+        self._streams = True
+        self._desk.lanes.add_stream(self.sid, link)
 
     def sending(self, line: bytes, deadline: float) -> Script[None]:
         """Send one more message of a stream, in its turn."""
@@ -331,12 +341,12 @@ class Exchange:
             self._taken_end = self._ends.popleft()
             self._taken += 1
 
-    def begin_attempt(self) -> None:
+    def _begin_attempt(self) -> None:
         """An attempt is on."""
         self._tried = time.monotonic()
         self._live = True
 
-    def end_attempt(self, failure: BaseException) -> None:
+    def _end_attempt(self, failure: BaseException) -> None:
         """The attempt that was on has failed."""
         reason = failure.reason if isinstance(failure, AttemptError) else Reason.ABANDONED
         self._hang_up(reason)
@@ -350,7 +360,8 @@ class Exchange:
         handed = 0 if link is None else link.handed
         self._attempts.append(Attempt(self._tried - self._began, now - self._tried, reason, handed))
         if link is not None:
-            self._desk.lanes.drop_stream(self.sid, link)
+            if self._streams:
+                self._desk.lanes.drop_stream(self.sid, link)
             if self._sending:
                 link.cut()  # who sends closes it: no descriptor goes away under a wait
             else:
@@ -395,22 +406,6 @@ class Exchange:
         starts = (self._taken_end, *self._ends)[:-1]
         unsent = sum(start >= handed for start in starts)
         return self._refused + max(0, unsent - self._sending)
-
-
-class _Noted:
-    """Keeps the account of one attempt, for as long as the block lasts."""
-
-    __slots__ = ("_exchange",)
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-
-    def __enter__(self) -> None:
-        self._exchange.begin_attempt()
-
-    def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
-        if failure is not None:
-            self._exchange.end_attempt(failure)
 
 
 class Again:

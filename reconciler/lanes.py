@@ -92,7 +92,8 @@ class Lanes:
             lane.turns.remove(turn)
             if lane.turns and not lane.turns[0].granted:
                 self._grant(lane.turns)
-            self._sweep(turn.sid)
+            if not lane.turns and not lane.streams:
+                del self._lanes[turn.sid]
 
     def _grant(self, turns: deque[Turn]) -> None:
         """Give the turn to the next who can still be woken: an event loop may have gone."""
@@ -106,11 +107,6 @@ class Lanes:
                 turns.popleft()
             else:
                 return
-
-    def _sweep(self, sid: str) -> None:
-        lane = self._lanes.get(sid)
-        if lane is not None and not lane.turns and not lane.streams:
-            del self._lanes[sid]
 
     def streams(self, sid: str) -> tuple[Link, ...]:
         """The connections of a session's open streams."""
@@ -129,4 +125,5 @@ class Lanes:
             lane = self._lanes.get(sid)
             if lane is not None and link in lane.streams:
                 lane.streams.remove(link)
-                self._sweep(sid)
+                if not lane.turns and not lane.streams:
+                    del self._lanes[sid]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reconciler import layout
 from reconciler.deliveries import Reason
-from reconciler.peers import Opened, Peer, Peers, shows_keys
+from reconciler.peers import Peer, Peers, shows_keys
 from reconciler.trust import Trust
 from reconciler.waiting import (
     AttemptError,
@@ -41,6 +41,10 @@ _TURN = 1 << 20
 
 _READS = 10
 # Reads at most of what a keeper says, at one look.
+
+
+_SOCKET = layout.file_name(layout.Role.SOCKET, "", "linux")
+# What its name has behind the session's id; nothing stands before it.
 
 
 class _Heard(enum.Enum):
@@ -177,8 +181,10 @@ class Link:
         """Say that this was all, and wait for the receipt."""
         if self.hear() is not _Heard.NOTHING:
             raise self._broken()
-        with contextlib.suppress(OSError):
+        try:  # noqa: SIM105 - on every write's way, and a context costs it a microsecond
             self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
         patience.renew()
         while (heard := self.hear()) is _Heard.NOTHING:
             yield from self._wait(Moment.RECEIPT, patience)
@@ -271,21 +277,33 @@ def _queued(sock: socket.socket) -> int:
 def connect(folder: Path, sid: str, patience: Patience, trust: Trust, peers: Peers) -> Script[Link]:
     """Connect to the session's keeper, and to nobody else."""
     try:
-        with Opened(folder, os.O_PATH | os.O_DIRECTORY) as inside:
+        inside = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
             if trust.distrust(inside, folder):
                 raise FinalError(Reason.UNTRUSTED_FOLDER)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
-                name = layout.file_name(layout.Role.SOCKET, sid)
-                with Opened(name, os.O_PATH | os.O_NOFOLLOW, inside) as pinned:
-                    _check_socket(pinned)
-                    yield from _accepted(sock, f"/proc/self/fd/{pinned}", patience)
+                yield from _reached(sock, inside, sid, patience)
                 return Link(sock, peers.checked(sock, inside, sid))
             except BaseException:
                 sock.close()
                 raise
+        finally:
+            os.close(inside)
     except OSError as error:
         raise _failure_of(error) from None
+
+
+def _reached(sock: socket.socket, inside: int, sid: str, patience: Patience) -> Script[None]:
+    """Connect to the socket that stands in the folder now."""
+    pinned = os.open(sid + _SOCKET, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
+    try:
+        _check_socket(pinned)
+        address = f"/proc/self/fd/{pinned}"
+        if sock.connect_ex(address):
+            yield from _accepted(sock, address, patience)
+    finally:
+        os.close(pinned)
 
 
 def _check_socket(descriptor: int) -> None:

@@ -8,7 +8,6 @@ import os
 import socket
 import stat
 import struct
-from pathlib import Path
 from typing import NamedTuple
 
 from reconciler import layout
@@ -22,6 +21,9 @@ _EXITING = 0x4  # PF_EXITING in the flags of /proc/<pid>/stat, set before descri
 _PID_DIGITS = 10
 _PIECE = 8192  # bytes read of a file in /proc
 _CREDENTIALS = struct.Struct("3i")
+_PID_FILE = layout.file_name(layout.Role.PID_FILE, "", "linux")
+# What its name has behind the session's id; nothing stands before it.
+_CAREFULLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _IN_MIND = 1024
 # Sessions of whose keeper it is remembered what /proc says.
 
@@ -146,37 +148,24 @@ def shows_keys(sock: socket.socket, sid: str) -> bool:
 
 def _named_pid(folder_fd: int, sid: str) -> int:
     """The pid in the session's pid file; nothing is followed, nothing blocks."""
-    name = layout.file_name(layout.Role.PID_FILE, sid)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        opened = Opened(name, flags, folder_fd)
+        descriptor = os.open(sid + _PID_FILE, _CAREFULLY, dir_fd=folder_fd)
     except FileNotFoundError:
         raise TransientError(Reason.NO_PID_FILE) from None
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket or a device
             raise FinalError(Reason.BAD_PID_FILE) from None
         raise
-    with opened as descriptor:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise FinalError(Reason.BAD_PID_FILE)
         text = os.read(descriptor, _PID_DIGITS + 2)
+    finally:
+        os.close(descriptor)
     if not text:
         raise TransientError(Reason.NO_PID_FILE)
     digits = text.removesuffix(b"\n")
     if not digits.isdigit() or len(digits) > _PID_DIGITS:
         raise FinalError(Reason.BAD_PID_FILE)
     return int(digits)
-
-
-class Opened:
-    """A descriptor, for as long as the block lasts."""
-
-    def __init__(self, path: str | Path, flags: int, folder: int | None = None) -> None:
-        self._descriptor = os.open(path, flags | os.O_CLOEXEC, dir_fd=folder)
-
-    def __enter__(self) -> int:
-        return self._descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)

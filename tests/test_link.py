@@ -27,6 +27,20 @@ def test_the_blocking_face_starts_without_what_it_does_not_need() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_of_a_piece_that_was_sent_alone_it_is_known_when_all_of_it_was_read() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ledger = link._Ledger()
+        ledger.sent_alone(ours.send(b"x" * 8192))
+        for size in (8000, 191):
+            theirs.recv(size)
+            assert not ledger.seen(link._queued(ours))
+            assert (ledger.handed, ledger.taken) == (8192, 0)
+        theirs.recv(1)
+        assert ledger.seen(link._queued(ours))
+        assert (ledger.handed, ledger.taken) == (8192, 8192)
+
+
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.one_of(st.integers(1, 8192), st.integers(-20_000, -1)), max_size=60))
 def test_the_ledger_never_says_more_than_was_read(steps: list[int]) -> None:
