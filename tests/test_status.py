@@ -124,6 +124,7 @@ def test_events_in_a_pipe_are_the_logs_lines_at_once(cli: Cli, daemon: Daemon) -
         assert told == f"pi-reconciler: process {daemon.process.pid} works on {cli.folder}\n"
         stale_pair(cli.folder, "demo")
         heard = next_line(process)
+        until(lambda: daemon.of("session.cleaned"))
         (logged,) = daemon.of("session.cleaned")
         assert heard.keys() == logged.keys()
         assert heard | {"timestamp": ""} == logged | {"timestamp": ""}
@@ -304,6 +305,43 @@ def test_status_and_events_on_a_terminal(cli: Cli, daemon: Daemon, terminal: Ter
     terminal.shows("interrupted")
     terminal.type("echo code $?")
     terminal.shows("code 130")
+
+
+def test_the_screens_of_the_page_are_what_comes_out(
+    cli: Cli, daemon: Daemon, terminal: Terminal
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "watching.md").read_text()
+    status, watched, events = re.findall(r"^```console\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    terminal.resize(120, 24)
+    stale_pair(cli.folder, "old")
+    until(lambda: daemon.of("session.cleaned", "old"))
+    keepers = [cli.spawn(sid) for sid in ("demo", "other")]
+    until(lambda: cli("status", "--json").json["sessions"] == {"ready": 2})
+
+    def comes_out(page: str, last: str) -> None:
+        command = page.splitlines()[0]
+        terminal.type(f"clear; {command[2:]}")
+        if last == "works on":
+            terminal.shows(last)
+            os.kill(keepers[0], signal.SIGKILL)
+            last = "pid_file removed"
+        screen = terminal.shows(last)
+        lines = [line for line in screen.splitlines() if line.strip() not in {"", "$"}]
+        assert [shape(line, cli.folder) for line in lines] == [
+            shape(line, cli.folder) for line in page.splitlines()[1:]
+        ]
+
+    comes_out(status, "version")
+    comes_out(watched, "other")
+    terminal.press("C-c")
+    terminal.shows("interrupted")
+    comes_out(events, "works on")
+
+
+def shape(line: str, folder: Path) -> str:
+    """A line without what differs each time: where the folder is, numbers, and room for them."""
+    line = line.replace(str(folder), "/home/you/.pi/dashboard/sessions")
+    return re.sub(r" +", " ", re.sub(r"\b(\d+[dhms]?)+\b", "N", line)).rstrip()
 
 
 def test_a_watched_list_on_a_terminal_follows_fits_and_leaves_no_trace(
