@@ -44,13 +44,11 @@ from reconciler.doctor import (
 )
 from reconciler.folder import NETWORK_FILESYSTEMS as REMOTE
 from reconciler.folder import SO_PEERPIDFD, Folder, filesystem_of
+from reconciler.journal import SOCKET as JOURNAL
 from reconciler.layout import CLAIM, parse_name, socket_address
 
 PATIENCE = 3.0
 """Seconds that one check may take: a file on a server that hangs is no answer, too."""
-
-JOURNAL = "/run/systemd/journal/socket"
-"""Where journald listens; its own documentation's."""
 
 UNIT = "pi-reconciler.service"
 _A_UUID = "00000000-0000-0000-0000-000000000000"
@@ -293,6 +291,8 @@ def _version(path: str) -> str:
 
 def _log(patient: Patient) -> Diagnosis:
     match patient.log_sink:
+        case "file" if not patient.log_file:
+            place, trouble = "log.file", "it names no file"
         case "file":
             place = os.path.abspath(os.path.expanduser(patient.log_file))
             trouble = _unwritable(place)

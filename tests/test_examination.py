@@ -175,6 +175,7 @@ def test_where_the_log_goes_is_looked_at_and_not_written_to(
     assert of("log", to_file).found == f"{file}: it is no regular file"
     told = of("log", replace(to_file, log_file=str(tmp_path / "none" / "log")))
     assert told.found == f"{tmp_path}/none/log: there is no folder {tmp_path}/none"
+    assert of("log", replace(to_file, log_file="")).found == "log.file: it names no file"
     to_journal = replace(patient, log_sink="journald")
     monkeypatch.setattr(examination, "JOURNAL", str(tmp_path / "socket"))
     assert of("log", to_journal).found == f"{tmp_path}/socket: No such file or directory"
@@ -341,6 +342,14 @@ def test_doctor_on_a_terminal_is_coloured_unless_told_not_to(well: Cli, tmp_path
         terminal.shows("no problems,")
         assert "\x1b[32m" not in terminal._run("capture-pane", "-p", "-e")
     assert "\x1b" not in well("doctor").out
+
+
+def test_doctor_looks_where_the_settings_send_the_log(well: Cli, tmp_path: Path) -> None:
+    well.env["PI_RECONCILER_LOG_SINK"] = "file"
+    well.env["PI_RECONCILER_LOG_FILE"] = str(tmp_path / "none" / "log")
+    (told,) = [e for e in well("doctor", "--json").json if e["check"] == "log"]
+    assert told["state"] == "problem"
+    assert f"there is no folder {tmp_path}/none" in told["found"]
 
 
 def test_doctor_finds_the_daemon(well: Cli) -> None:

@@ -113,6 +113,8 @@ def _patient(settings: Settings) -> Patient:
         sessions_dir=(folder or default_sessions_dir()).absolute(),
         agent=(settings.agent_command or ("pi",))[0],
         keeper=settings.keeper_command or OUR_KEEPER,
+        log_sink=settings.log.sink if settings.log else "stdout",
+        log_file=settings.log.file if settings.log else "",
     )
 
 
