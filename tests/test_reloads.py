@@ -36,7 +36,8 @@ def settings(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def daemon(cli: Cli, settings: Path) -> Iterator[subprocess.Popen[bytes]]:
-    arguments = ("run", "--config", settings, "--resync", "3600")
+    flags = ("--resync", "3600", "--metrics", "127.0.0.1:0")
+    arguments = ("run", "--config", settings, *flags)
     with cli.started(*arguments, stdout=subprocess.PIPE) as process:
         lines_of(process, "reconciler.started")
         yield process
@@ -56,10 +57,11 @@ def test_a_daemon_goes_by_new_settings_from_sighup_on(
     cli: Cli, settings: Path, daemon: subprocess.Popen[bytes]
 ) -> None:
     bare_socket(cli.folder / "old.rpc.sock")
-    settings.write_text("resync = 1\n[policy]\nsettle = 0.05\n[log]\nlevel = 'debug'\n")
+    ours = "[policy]\nsettle = 0.05\n[log]\nlevel = 'debug'\n"
+    settings.write_text(f"resync = 1\n{ours}[metrics]\naddress = '127.0.0.1:1'\n")
     told = reloaded(daemon)
     assert told["file"] == str(settings)
-    assert told["changed"] == ["policy.settle", "log.level"], "a flag beats the file's resync"
+    assert told["changed"] == ["policy.settle", "log.level"], "a flag beats the file"
     assert told["needs_restart"] == []
     lines = lines_of(daemon, "session.cleaned")
     assert lines[-1]["sid"] == "old"

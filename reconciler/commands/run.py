@@ -148,7 +148,11 @@ def run(
         metrics=_counting() if exposition else None,
         control=True,
     )
-    flags = _flags(given, {"resync": resync, **about_log})
+    about_metrics = {
+        "metrics.address": "{}:{}".format(*metrics) if metrics else None,
+        "metrics.public": metrics_public or None,
+    }
+    flags = _flags(given, {"resync": resync, **about_log, **about_metrics})
     reloads = functools.partial(
         Reloads, given.sources._replace(flags=flags), _taker(given, reconciler, log), reconciler.log
     )
