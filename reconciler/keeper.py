@@ -206,12 +206,20 @@ class KeeperManager:
                         f"not ended: {done.detail}"
                     )
 
+    def make_folder(self) -> None:
+        """Make the sessions folder, and those above it, for its user alone.
+
+        Raises:
+            OSError: as the system says it.
+        """
+        paths = (*reversed(self.sessions_dir.parents), self.sessions_dir)
+        for path in [path for path in paths if not path.exists()]:
+            path.mkdir(mode=0o700, exist_ok=True)  # those above as well, whatever the umask
+
     @contextlib.contextmanager
     def _made_folder(self) -> Iterator[Folder]:
         try:
-            paths = (*reversed(self.sessions_dir.parents), self.sessions_dir)
-            for path in [path for path in paths if not path.exists()]:
-                path.mkdir(mode=0o700, exist_ok=True)  # those above as well, whatever the umask
+            self.make_folder()
             folder = Folder(self.sessions_dir)
         except OSError as error:
             raise FolderError(

@@ -10,6 +10,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -711,6 +712,13 @@ def test_run_once_on_a_missing_folder_ends_well(cli: Cli) -> None:
     ended = cli("run", "--once")
     assert (ended.code, ended.err) == (0, "")
     assert events(ended) == ["reconciler.started", "reconciler.stopped"]
+
+
+def test_run_makes_the_folder_that_it_holds_for_its_user_alone(cli: Cli) -> None:
+    cli.folder.rmdir()
+    with cli.started("run", stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+        until(lambda: cli("status").code == 0, "it holds the folder")
+        assert stat.S_IMODE(cli.folder.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -139,8 +139,12 @@ def run(
     }
     log = _log(given, about_log)
     exposition = _exposition(settings, metrics, public=metrics_public)
+    manager = given.manager()
+    if not (once or dry_run):
+        with contextlib.suppress(OSError):  # then it waits for the folder, and says so
+            manager.make_folder()
     reconciler = Reconciler(
-        given.manager(),
+        manager,
         resync=resync or settings.resync,
         dry_run=dry_run,
         logger=log,
