@@ -111,7 +111,7 @@ def test_its_working_folder_is_not_held_open(session: Session, out: Path, tmp_pa
     os.kill(process.pid, signal.SIGHUP)
     session.socket.unlink()
     os.kill(process.pid, signal.SIGHUP)
-    until(session.socket.exists)
+    until(lambda: "keeper.rebound" in session.events())  # it holds it while it binds
     held = Path(f"/proc/{process.pid}/fd")
     assert work not in {fd.resolve() for fd in held.iterdir() if fd.exists()}
     assert Path(f"/proc/{process.pid}/cwd").resolve() == work
@@ -721,6 +721,7 @@ def test_receipt_waits_for_the_pipe(session: Session, out: Path) -> None:
 def test_a_newcomer_waits_for_the_end_of_a_line_in_the_pipe(session: Session, out: Path) -> None:
     keeper = session.start(into(out)).pid
     agent, line = session.agent_pid(), b"a" * 100_000 + b"\n"
+    until(out.exists)
     stop(agent)
     with session.connect() as owner, Path(f"/proc/{agent}/fd/0").open("rb", buffering=0) as pipe:
         owner.sendall(line)
@@ -743,6 +744,7 @@ def test_a_newcomer_waits_for_the_end_of_a_line_in_the_pipe(session: Session, ou
 def test_more_clients_come_and_go_than_there_is_room_for(session: Session, out: Path) -> None:
     """All of them are there before the keeper looks, and have gone when it does."""
     keeper = session.start(into(out)).pid
+    until(out.exists)
     stop(keeper)
     clients = [session.connect() for _ in range(400)]
     for number, client in enumerate(clients):
