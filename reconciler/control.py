@@ -16,11 +16,12 @@ import os
 import socket
 import stat
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from reconciler import __version__
 from reconciler.folder import Answer, Folder
@@ -39,16 +40,7 @@ _PAUSE = 1.0
 # Seconds until connections are taken again after the system had no room for one.
 
 Heard = Callable[[str, str, Mapping[str, object]], None]
-"""Takes a level, an event and its fields."""
-
-
-class Done(NamedTuple):
-    """What was done last: the event that told it, and when, in seconds since the epoch."""
-
-    event: str
-    sid: object
-    reason: object
-    at: float
+"""Takes a level, an event and its fields, from any thread."""
 
 
 class Tap:
@@ -59,14 +51,15 @@ class Tap:
 
     Attributes:
         counts: how often each event was told.
-        last: the last action.
+        last: the last action: the event that told it, its fields, and when, in seconds since
+            the epoch.
         listener: called with every line from level ``info`` up, and with those of level
             ``debug`` if the log takes them.
     """
 
     def __init__(self, log: Log) -> None:
-        self.counts: Counter[str] = Counter()
-        self.last: Done | None = None
+        self.counts: dict[str, int] = {}
+        self.last: tuple[str, Mapping[str, object], float] | None = None
         self.listener: Heard | None = None
         self._log = log
 
@@ -77,14 +70,14 @@ class Tap:
     def debug(self, event: str, **fields: object) -> None:
         """Tell what is for those who look for a defect."""
         self._log.debug(event, **fields)
-        if self.listener is not None and self._log.is_enabled_for(logging.DEBUG):
-            self.listener("debug", event, fields)
+        if (listener := self.listener) and self._log.is_enabled_for(logging.DEBUG):
+            listener("debug", event, fields)
 
     def info(self, event: str, **fields: object) -> None:
         """Tell what was done."""
         self._log.info(event, **fields)
         if event in ACTIONS:
-            self.last = Done(event, fields.get("sid"), fields.get("reason"), time.time())
+            self.last = event, fields, time.time()
         self._heard("info", event, fields)
 
     def warning(self, event: str, **fields: object) -> None:
@@ -98,15 +91,15 @@ class Tap:
         self._heard("error", event, fields)
 
     def _heard(self, level: str, event: str, fields: Mapping[str, object]) -> None:
-        self.counts[event] += 1
-        if self.listener is not None:
-            self.listener(level, event, fields)
+        self.counts[event] = self.counts.get(event, 0) + 1
+        if listener := self.listener:  # read once: the loop's thread may let go of it
+            listener(level, event, fields)
 
 
 class Control:
     """Answers on the control socket of a folder.
 
-    All of it runs in the event loop's thread.
+    All of it runs in the event loop's thread; only what is told may come from others, too.
 
     Args:
         tap: what is told.
@@ -131,7 +124,7 @@ class Control:
             may_not_act: why it is only looked on just now, or nothing.
         """
         self._folder, self._may_not_act = folder, may_not_act
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         try:
             if self._door is None or not self._in_place():
                 self._shut()
@@ -227,6 +220,13 @@ class Control:
             "event": event,
         }
         line = as_json(stamped) + b"\n"
+        if threading.get_ident() == self._thread:
+            self._tell_all(line)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                self._loop.call_soon_threadsafe(self._tell_all, line)
+
+    def _tell_all(self, line: bytes) -> None:
         for listener in tuple(self._listeners):
             listener.tell(line)
 
@@ -236,7 +236,6 @@ class Control:
         Args:
             streams: whether events follow.
         """
-        last = self._tap.last
         return {
             "timestamp": _stamp(time.time()),
             "level": "info",
@@ -250,10 +249,17 @@ class Control:
             "folder": str(self._folder.path),
             "only_looks_on": self._may_not_act() or None,
             "sessions": dict(Counter(row.phase.value for row in self._sessions.values())),
-            "last_action": {**last._asdict(), "at": _stamp(last.at)} if last else None,
+            "last_action": self._last_action(),
             "counts": dict(self._tap.counts),
             "streams": streams,
         }
+
+    def _last_action(self) -> dict[str, object] | None:
+        if self._tap.last is None:
+            return None
+        event, fields, at = self._tap.last
+        told = {key: fields.get(key) for key in ("sid", "reason")}
+        return {"event": event, **told, "at": _stamp(at)}
 
 
 class _Listener:

@@ -155,6 +155,25 @@ async def test_what_is_told_is_streamed_line_by_line(folder: Path) -> None:
 
 
 @asynchronous
+async def test_what_a_thread_tells_is_streamed_by_the_loop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(folder) as reconciler:
+        listening = await stream(folder)
+        tell, threads = control._Listener.tell, []
+
+        def noted(listener: control._Listener, line: bytes) -> None:
+            threads.append(threading.current_thread())
+            tell(listener, line)
+
+        monkeypatch.setattr(control._Listener, "tell", noted)
+        await asyncio.to_thread(reconciler._log.warning, "some.event", number=1)
+        assert (await lines_of(listening, 1))[0]["number"] == 1
+        assert threads == [threading.current_thread()]
+        listening.close()
+
+
+@asynchronous
 async def test_of_debug_only_what_the_log_takes_is_streamed(folder: Path) -> None:
     for level, event in (("info", "session.cleaned"), ("debug", "session.seen")):
         told = Told(level)  # type: ignore[arg-type]
