@@ -125,7 +125,7 @@ def judge_folder(facts: FolderFacts) -> Diagnosis:
     """Whether the folder is there, ours, and nobody else's."""
     path, quoted = str(facts.path), shlex.quote(str(facts.path))
     if not facts.there:
-        return ok("folder", f"{path} is not there yet: the first session makes it")
+        return ok("folder", f"{path} is not there yet: the daemon or the first session makes it")
     if facts.error:
         return problem("folder", f"{path} cannot be opened: {facts.error}", f"ls -ld {quoted}")
     if facts.distrust:

@@ -182,7 +182,7 @@ def test_a_hard_link_to_a_file_of_somebody_else_costs_no_more_than_the_link(fold
 # The page.
 
 
-HEADS = ("| They ", "| It tries ", "| It is ", "| It says ", "| ---")
+HEADS = ("| They ", "| It tries ", "| It is ", "| It says ", "| Somebody ", "| ---")
 
 
 def test_every_defence_that_the_page_claims_names_a_test() -> None:
