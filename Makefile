@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 AGENT_VERSION := 0.74.2
 PROMTOOL := .tools/promtool
 AGENT := .tools/agent/node_modules/.bin/pi
-SYSTEM_TOOLS := bindfs faketime tmux s6-supervise shellcheck zsh fish
+SYSTEM_TOOLS := bindfs faketime tmux s6-supervise shellcheck zsh fish rsyslogd logrotate journalctl
 ARGS ?=
 QUICK ?=
 JOBS ?= 4
@@ -48,11 +48,12 @@ campaign: $(VENV)/.test agent ## The longer races and random histories
 chaos: $(VENV)/.test agent tools ## Every fault of the campaign, many rounds, one row each (ARGS="-k clock")
 	PI_RECONCILER_CAMPAIGN=1 $(BIN)/pytest -m chaos --timeout 7200 $(ARGS)
 
-# Debian's packages, each named like its command (but for s6). A fault or a
-# benchmark without its tool is skipped, and says so.
+# Debian's packages, each named like its command but for some. What is without its tool is
+# skipped, and says so. (rsyslog's package starts it where systemd runs, to log as Debian does.)
 tools: ## What some faults and benchmarks need of the system, installed as root where there is apt
 	@missing=$$(for tool in $(SYSTEM_TOOLS); do \
-	  command -v $$tool >/dev/null || echo $${tool%-supervise}; done); \
+	  command -v $$tool >/dev/null || echo $$tool; done | \
+	  sed 's/^s6-supervise$$/s6/; s/^rsyslogd$$/rsyslog/; s/^journalctl$$/systemd/'); \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq; apt-get install -y -qq $$missing || echo "not installed: $$missing"; \
 	fi

@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import socket
+import sys
 import weakref
 from collections.abc import Mapping
 
@@ -91,7 +92,8 @@ class Journal:
             os.write(file, data)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
-            socket.send_fds(self._socket, [b""], [file], 0, self._path)
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, file.to_bytes(4, sys.byteorder))
+            self._socket.sendmsg([b""], [rights], 0, self._path)
         finally:
             os.close(file)
 

@@ -102,7 +102,7 @@ class LogFile:
         file = Descriptor(descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             file.close()
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "Is not a regular file")
         _end_line(descriptor)
         self._descriptor, self._file = descriptor, file
 
