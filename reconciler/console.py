@@ -145,6 +145,9 @@ def close_output() -> None:
 
 # Options.
 
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Tell what would be done, and do nothing."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -166,6 +166,35 @@ class KeeperManager:
             KeeperStartError: why the session did not start. Nothing of it is left.
             UnverifiableError: what stands in the folder for it is not ours to replace.
         """
+        request = self.request(
+            sid,
+            cwd=cwd,
+            env=env,
+            agent_command=agent_command,
+            capture=capture,
+            ready=ready,
+            timeout=timeout,
+        )
+        with self._made_folder() as folder:
+            probe = self.probe(folder)
+            await self._make_free(request.sid, probe)
+            started = await start(request, probe)
+            forget_wish(folder, request.sid)  # it was about the session before
+        socket = socket_address(self.sessions_dir, request.sid)
+        return SpawnedKeeper(request.sid, started.pid, started.agent_pid, socket)
+
+    def request(
+        self,
+        sid: str | None = None,
+        *,
+        cwd: Path | str | None = None,
+        env: Mapping[str, str] | None = None,
+        agent_command: Sequence[str] = (),
+        capture: bool = False,
+        ready: bool = True,
+        timeout: float = 10.0,
+    ) -> KeeperRequest:
+        """What `spawn` starts when it is called like this, checked as far as it can be."""
         request = KeeperRequest(
             sid=str(uuid.uuid4()) if sid is None else sid,
             cwd=Path(cwd or Path.cwd()).absolute(),
@@ -177,13 +206,7 @@ class KeeperManager:
             timeout=timeout,
         )
         check(request, self.sessions_dir)
-        with self._made_folder() as folder:
-            probe = self.probe(folder)
-            await self._make_free(request.sid, probe)
-            started = await start(request, probe)
-            forget_wish(folder, request.sid)  # it was about the session before
-        socket = socket_address(self.sessions_dir, request.sid)
-        return SpawnedKeeper(request.sid, started.pid, started.agent_pid, socket)
+        return request
 
     async def _make_free(self, sid: str, probe: Probe) -> None:
         """Refuse a session id that is in use, and end the agent that a dead keeper left.
@@ -191,13 +214,7 @@ class KeeperManager:
         The new keeper's agent pid file will take the place of the only trace of that one.
         """
         seen = probe.look(sid)
-        if seen.keeper.state is KeeperState.PROVEN and seen.keeper.process is not None:
-            pid = seen.keeper.process.pid
-            raise AlreadyRunningError(f"session {sid} is running already, its keeper is {pid}")
-        plan = decide(seen, Desired.AS_FOUND, self.policy)
-        if plan.verdict in {Verdict.REFUSED, Verdict.UNVERIFIABLE}:
-            raise UnverifiableError(f"session id {sid} cannot be used here: {plan.reason}")
-        for action in plan.actions:
+        for action in self.refuse_used(seen).actions:
             if isinstance(action, StopAgent):
                 done = await Effects(probe, self.ladder).stop(seen, action)
                 if not done.success:
@@ -205,6 +222,21 @@ class KeeperManager:
                         f"session {sid}: the agent {action.process.pid} of its dead keeper was "
                         f"not ended: {done.detail}"
                     )
+
+    def refuse_used(self, seen: Observation) -> Plan:
+        """Refuse a session id that is in use; what has to be done about one that was.
+
+        Raises:
+            AlreadyRunningError, UnverifiableError: see `spawn`.
+        """
+        sid = seen.sid
+        if seen.keeper.state is KeeperState.PROVEN and seen.keeper.process is not None:
+            pid = seen.keeper.process.pid
+            raise AlreadyRunningError(f"session {sid} is running already, its keeper is {pid}")
+        plan = decide(seen, Desired.AS_FOUND, self.policy)
+        if plan.verdict in {Verdict.REFUSED, Verdict.UNVERIFIABLE}:
+            raise UnverifiableError(f"session id {sid} cannot be used here: {plan.reason}")
+        return plan
 
     def make_folder(self) -> None:
         """Make the sessions folder, and those above it, for its user alone.
@@ -226,10 +258,15 @@ class KeeperManager:
                 f"sessions folder {str(self.sessions_dir)!r} cannot be used: {error.strerror}"
             ) from error
         with folder:
-            self._refuse_untrusted(folder)
+            self.refuse_untrusted(folder)
             yield folder
 
-    def _refuse_untrusted(self, folder: Folder) -> None:
+    def refuse_untrusted(self, folder: Folder) -> None:
+        """Refuse a folder that others could exchange things in.
+
+        Raises:
+            FolderError: who, and what to do.
+        """
         if reason := folder.distrust():
             raise FolderError(
                 f"sessions folder {str(self.sessions_dir)!r} cannot be trusted: {reason}"
@@ -336,7 +373,7 @@ class KeeperManager:
         with self.open_folder() as folder:
             if folder is None:
                 raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
-            self._refuse_untrusted(folder)
+            self.refuse_untrusted(folder)
             probe = self.probe(folder)
             seen = probe.scan_all().look(probe, sid)
             if seen.empty:

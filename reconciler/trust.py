@@ -32,6 +32,14 @@ def distrust(descriptor: int, path: Path) -> str:
     return distrust_itself(os.fstat(descriptor)) or _distrust_above(descriptor, path)
 
 
+def distrust_below(descriptor: int, path: Path) -> str:
+    """Why a folder of ours that is made in this one could not be trusted, or nothing."""
+    trusted = {0, os.geteuid(), os.stat("/").st_uid}
+    if reason := _distrust_ancestor(os.fstat(descriptor), trusted):
+        return f"{str(path)!r} {reason}"
+    return _distrust_above(descriptor, path)
+
+
 class Trust:
     """`distrust` for one who asks often: the folders above are looked at once a second."""
 

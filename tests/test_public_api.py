@@ -91,7 +91,7 @@ def test_a_name_that_is_none_is_the_usual_error() -> None:
         getattr(reconciler, "Nothing")  # noqa: B009 - a type checker knows that it is not there
 
 
-FOR_THE_ROOMS = {"Probe", "Folder"}
+FOR_THE_ROOMS = {"Probe", "Folder", "KeeperRequest"}
 """What methods without an underscore give that only our own rooms call."""
 
 FACTS = {"Observation", "Plan"}

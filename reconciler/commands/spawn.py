@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from reconciler.console import FAILURE, Common, close_output, fail, json_option, pass_common
+from reconciler.console import (
+    FAILURE,
+    Common,
+    close_output,
+    dry_run_option,
+    fail,
+    json_option,
+    pass_common,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from reconciler.keeper import KeeperManager
 
 
 class WithAgent(click.Command):
@@ -33,6 +46,7 @@ class WithAgent(click.Command):
 )
 @click.option("--env", "pairs", multiple=True, metavar="K=V", help="Set a variable; may repeat.")
 @click.option("--capture", is_flag=True, help="The agent's output goes to the keeper log.")
+@dry_run_option
 @json_option
 @click.pass_context
 @pass_common
@@ -44,6 +58,7 @@ def spawn(
     pairs: tuple[str, ...],
     *,
     capture: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Start a session, and print its id and its keeper's pid.
@@ -56,21 +71,24 @@ def spawn(
     A pi session in this folder:      pi-reconciler spawn demo
     With arguments for the agent:     pi-reconciler spawn demo -- pi --mode rpc --offline
     Elsewhere, its output kept:       pi-reconciler spawn demo --cwd ~/work --capture
+    Would it start?                   pi-reconciler spawn demo --dry-run
     """  # noqa: D301 - click wants the real character
     import asyncio
     import json
 
     from reconciler.spawning import default_environment
 
-    spawned = asyncio.run(
-        given.manager().spawn(
-            sid,
-            cwd=cwd,
-            env={**default_environment(), **_variables(pairs)},
-            agent_command=ctx.meta.get("agent_command") or given.settings.agent_command,
-            capture=capture,
-        )
-    )
+    manager = given.manager()
+    options: dict[str, Any] = {
+        "cwd": cwd,
+        "env": {**default_environment(), **_variables(pairs)},
+        "agent_command": ctx.meta.get("agent_command") or given.settings.agent_command,
+        "capture": capture,
+    }
+    if dry_run:
+        _rehearse(manager, sid, options, as_json=as_json)
+        return
+    spawned = asyncio.run(manager.spawn(sid, **options))
     told = {
         "sid": spawned.sid,
         "keeper_pid": spawned.keeper_pid,
@@ -83,6 +101,28 @@ def spawn(
         close_output()
         reason = f"it could not be told on standard output: {error.strerror}"
         fail(f"session {spawned.sid} was started, but {reason}", FAILURE)
+
+
+def _rehearse(
+    manager: KeeperManager, sid: str | None, options: dict[str, Any], *, as_json: bool
+) -> None:
+    from reconciler import rehearsal
+
+    start = rehearsal.spawn(manager, sid, **options)
+    if as_json:
+        told = {
+            "dry_run": True,
+            "sid": sid,
+            "agent_program": start.program,
+            "cwd": start.cwd,
+            "socket": start.socket if sid else None,
+            "first": list(start.first),
+        }
+        print_json(told)
+        return
+    for step in start.first:
+        click.echo(f"would {step}")
+    click.echo(f"would start {sid or 'a session with a new id'}: {start.program} in {start.cwd}")
 
 
 def _variables(pairs: Iterable[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from reconciler.console import (
     complain,
     complete_session,
     confirm,
+    dry_run_option,
     json_option,
     pass_common,
     print_json,
@@ -31,10 +32,17 @@ if TYPE_CHECKING:
 @click.option(
     "--leave", is_flag=True, help="Leave alone what a session has started besides its agent."
 )
+@dry_run_option
 @json_option
 @pass_common
 def stop(
-    given: Common, sids: tuple[str, ...], *, everything: bool, leave: bool, as_json: bool
+    given: Common,
+    sids: tuple[str, ...],
+    *,
+    everything: bool,
+    leave: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """End sessions; returns when their processes are dead and their files gone.
 
@@ -45,6 +53,7 @@ def stop(
     \b
     Two of them:                      pi-reconciler stop demo other
     All that `ls` lists:              pi-reconciler stop --all
+    What that would end:              pi-reconciler stop --all --dry-run
     """  # noqa: D301 - click wants the real character
     import asyncio
 
@@ -56,19 +65,61 @@ def stop(
     for sid in sids:
         check_sid(sid)
     chosen = dict.fromkeys(sids or (finding.seen.sid for finding in manager.find()))
-    results = asyncio.run(_stop_all(manager, chosen, leave=leave))
+    if dry_run:
+        results = [_rehearse(manager, sid, leave=leave) for sid in chosen]
+    else:
+        results = asyncio.run(_stop_all(manager, chosen, leave=leave))
     if everything:  # one that has gone by itself meanwhile is no failure
         results = [each for each in results if each[0] != NO_SUCH_SESSION]
+    _tell(results, as_json=as_json, dry_run=dry_run)
+
+
+def _tell(results: list[tuple[int, dict[str, Any]]], *, as_json: bool, dry_run: bool) -> None:
+    """Tell what became of each session, or would, and end as that asks for."""
     if as_json:
         print_json([result for _, result in results])
     for code, result in results:
         if code:
             complain(result["error"])
+        elif dry_run and not as_json:
+            click.echo(f"would stop {result['sid']}: {_words(result)}")
         elif not as_json:
             others = f", with {result['leftovers']} more that it had started"
             confirm(f"{result['sid']} stopped{others if result['leftovers'] else ''}")
     if failed := [code for code, _ in results if code]:
         sys.exit(NO_SUCH_SESSION if set(failed) == {NO_SUCH_SESSION} else FAILURE)
+
+
+def _rehearse(manager: KeeperManager, sid: str, *, leave: bool) -> tuple[int, dict[str, Any]]:
+    """What would become of one session."""
+    from reconciler import rehearsal
+
+    try:
+        end = rehearsal.stop(manager, sid, leave=leave)
+    except NoSuchSessionError as error:
+        return NO_SUCH_SESSION, {"sid": sid, "dry_run": True, "error": str(error)}
+    except (ReconcilerError, OSError, ValueError) as error:
+        return FAILURE, {"sid": sid, "dry_run": True, "error": str(error)}
+    return 0, {
+        "sid": sid,
+        "dry_run": True,
+        "keeper_pid": end.keeper_pid,
+        "agent_pid": end.agent_pid,
+        "leftovers": list(end.leftovers),
+        "files": list(end.files),
+    }
+
+
+def _words(end: dict[str, Any]) -> str:
+    """What would be ended and removed, for a person."""
+    steps = [
+        f"end {name} {end[f'{name}_pid']}" for name in ("keeper", "agent") if end[f"{name}_pid"]
+    ]
+    if end["leftovers"]:
+        steps.append(f"end {', '.join(map(str, end['leftovers']))}, which it has started")
+    if end["files"]:
+        steps.append(f"see {', '.join(end['files'])} gone")
+    return ", ".join(steps) or "nothing to be done"
 
 
 async def _stop_all(

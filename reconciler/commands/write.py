@@ -15,6 +15,7 @@ from reconciler.console import (
     TRY_AGAIN,
     Common,
     complete_session,
+    dry_run_option,
     fail,
     json_option,
     pass_common,
@@ -45,16 +46,25 @@ if TYPE_CHECKING:
     metavar="KEY",
     help="A name for LINE: with the same key again it is not forwarded twice.",
 )
+@dry_run_option
 @json_option
 @pass_common
 def write(
-    given: Common, sid: str, line: str, timeout: float | None, key: str | None, *, as_json: bool
+    given: Common,
+    sid: str,
+    line: str,
+    timeout: float | None,
+    key: str | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Write LINE to a session; with - the lines of standard input, in order.
 
     Ends with 0 when all is in the agent's input, with 75 when nothing was handed over (it
     is safe to try again), with 76 when that cannot be known, with 3 when there is no such
     session. The lines of standard input go through one connection; blank ones are skipped.
+    With --dry-run the lines are checked and the keeper is asked, and nothing is written.
 
     \b
     One command:                      pi-reconciler write demo '{"type":"get_state","id":"1"}'
@@ -72,21 +82,61 @@ def write(
     folder = given.folder()
     writer = BlockingRpcWriter(folder, policy=given.settings.write or WritePolicy())
     delivery: Delivery
+    told: dict[str, object] = {}
     try:
-        if line == "-":
+        if dry_run:
+            told = _checked(line, key)
+            delivery = _knock(writer, sid, timeout)
+        elif line == "-":
             delivery = _write_stdin(writer, sid, timeout)
         else:
             delivery = writer.write(sid, line, timeout=timeout, key=key)
     except InvalidMessageError as error:
         raise click.UsageError(str(error)) from error
     if as_json:
-        print_json(_delivery(delivery))
+        print_json({**_delivery(delivery), **told})
+    elif told and delivery.delivered:
+        click.echo(f"would write {told['size']} bytes in {told['total']} lines to {sid}")
     if delivery.delivered:
         return
     claims = (Role.SOCKET, Role.PID_FILE)
     if not any(os.path.lexists(folder / file_name(role, sid)) for role in claims):
         raise NoSuchSessionError(f"no session {sid} in {folder}")
     _explain(delivery, folder)
+
+
+def _checked(line: str, key: str | None) -> dict[str, object]:
+    """Check all that would be written, as the writer does; how much it is."""
+    from reconciler.messages import InvalidMessageError, encode, keyed
+
+    if line != "-":
+        size = len(encode(line))
+        if key is not None:
+            keyed(b"", key)
+        return {"dry_run": True, "total": 1, "size": size}
+    total = size = 0
+    for number, each in enumerate(_lines(), 1):
+        if each.strip():
+            try:
+                size += len(encode(each))
+            except InvalidMessageError as error:
+                raise InvalidMessageError(f"line {number} of standard input: {error}") from None
+            total += 1
+    return {"dry_run": True, "total": total, "size": size}
+
+
+def _knock(writer: BlockingRpcWriter, sid: str, timeout: float | None) -> ManyDelivery:
+    """Open a connection to the keeper, write nothing, and wait for the receipt for that."""
+    from reconciler.rpc_writer import StreamBrokenError
+
+    try:
+        with writer.stream(sid, timeout=timeout) as stream:
+            pass
+    except StreamBrokenError as error:
+        return error.delivery
+    if stream.delivery is None:
+        raise AssertionError("a stream that has ended knows its delivery")
+    return stream.delivery
 
 
 def _write_stdin(writer: BlockingRpcWriter, sid: str, timeout: float | None) -> ManyDelivery:
