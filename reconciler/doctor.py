@@ -389,13 +389,15 @@ def judge_daemon(holder: int | None, program: str, service: int) -> Diagnosis:
     """Whether somebody keeps the folder right, and who.
 
     Args:
-        holder: the process that has the folder's lock, or None.
+        holder: the process that has the folder's lock; None: nobody, 0: that cannot be told.
         program: what that process runs.
         service: the process of the service, or 0.
     """
     if holder is None:
         advice = "pi-reconciler run, or the service: until then nothing is put right by itself"
         return warning("daemon", "nobody holds the folder's lock", advice)
+    if not holder:
+        return ok("daemon", "who holds the folder's lock cannot be told: see pi-reconciler status")
     found = f"process {holder} ({program or 'not known'}) keeps the folder"
     if service and holder != service:
         advice = f"the service waits for process {holder} to end: stop one of the two"

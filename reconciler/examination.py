@@ -370,11 +370,13 @@ def _ask(program: str, *arguments: str) -> Mapping[str, str] | str:
 
 
 def _daemon(patient: Patient) -> Diagnosis:
+    if sys.platform != "linux":  # where the kernel lists no locks
+        return judge_daemon(0, "", 0)
     holder = None
     with contextlib.suppress(OSError), Folder(patient.sessions_dir) as folder:
         holder = folder.lock_holder()
-    service = _service_facts().pid if holder is not None else 0
-    return judge_daemon(holder, _runs(holder) if holder is not None else "", service)
+    service = _service_facts().pid if holder else 0
+    return judge_daemon(holder, _runs(holder) if holder else "", service)
 
 
 def _runs(pid: int) -> str:

@@ -146,6 +146,7 @@ def service(**facts: object) -> Diagnosis:
         (service(enabled=False), "warning", "not enabled", "enable pi-reconciler"),
         (service(lingers=False), "warning", "log out", "enable-linger"),
         (judge_daemon(None, "", 0), "warning", "nobody holds", "pi-reconciler run"),
+        (judge_daemon(0, "", 0), "ok", "cannot be told", ""),
         (judge_daemon(9, "python3", 0), "ok", "process 9 (python3) keeps the folder", ""),
         (judge_daemon(9, "python3", 9), "ok", "process 9", ""),
         (judge_daemon(9, "", 8), "warning", "not the service's (process 8)", "process 9 to end"),
