@@ -158,6 +158,8 @@ def test_events_wait_for_a_daemon_and_for_the_next_one(cli: Cli, tmp_path: Path)
                 daemon.process.kill()
                 daemon.process.wait()
             said(process, f"process {daemon.process.pid} has ended; waiting")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT) == 130
 
 
 def test_events_that_do_not_wait_end_as_status_would(cli: Cli, daemon: Daemon) -> None:
