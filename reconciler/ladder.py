@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from reconciler.processes import Target
+if TYPE_CHECKING:  # who reads the settings need not load it
+    from reconciler.processes import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,14 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import structlog
 
 from reconciler.log_lines import PRIORITIES, SEVERITIES, encode, render
-from reconciler.ranges import Range
+from reconciler.log_settings import Form, Level, LogSettings
 from reconciler.sinks import Sink, SinkError, dropped, flush, to_stream
 
 if TYPE_CHECKING:
@@ -42,34 +41,6 @@ __all__ = [
     "open_log",
     "set_level",
 ]
-
-Level = Literal["debug", "info", "warning", "error"]
-Form = Literal["auto", "json", "ecs", "console"]
-Where = Literal["stdout", "file", "journald"]
-
-_BYTES = Range(0, 1 << 50, "a whole number of bytes")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogSettings:
-    """How the program's own log is written.
-
-    Attributes:
-        level: the lowest level that is written.
-        form: how a line looks; ``auto``: console on a terminal, JSON elsewhere.
-        sink: where the lines go.
-        file: the path of the sink ``file``; ``~`` is the home folder.
-        rotate_bytes: the size over which that file is renamed and begun anew; 0: never.
-        rotate_keep: how many renamed ones are kept.
-    """
-
-    level: Level = "info"
-    form: Form = "auto"
-    sink: Where = "stdout"
-    file: str = ""
-    rotate_bytes: Annotated[int, _BYTES] = 0
-    rotate_keep: int = 5
-
 
 LEVELS: dict[Level, int] = {
     "debug": logging.DEBUG,

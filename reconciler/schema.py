@@ -23,7 +23,7 @@ from reconciler.addresses import MetricsSettings
 from reconciler.budget import LogBudget
 from reconciler.ladder import Ladder
 from reconciler.layout import PREFIX
-from reconciler.logs import LogSettings
+from reconciler.log_settings import LogSettings
 from reconciler.ranges import Pattern, Range
 from reconciler.rpc_writer import WritePolicy
 from reconciler.state import Policy

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from reconciler.addresses import MetricsSettings
     from reconciler.budget import LogBudget
     from reconciler.ladder import Ladder
-    from reconciler.logs import LogSettings
+    from reconciler.log_settings import LogSettings
     from reconciler.rpc_writer import WritePolicy
     from reconciler.sources import Said
     from reconciler.state import Policy

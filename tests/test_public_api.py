@@ -11,11 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import click
 import pytest
 from conftest import SINK, WAIT
 
 import reconciler
 from reconciler import KeeperManager
+from reconciler.cli import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,24 +211,34 @@ def test_write_imports_the_writer_and_little_else(demo: Path) -> None:
             *WRITER,
         )
     }
+
+
+BUDGETS = re.findall(
+    r"^\| `pi-reconciler ([^`]+)` \| (\d+) \| ([^|]*) \|$",
+    (ROOT / "docs" / "performance.md").read_text(),
+    re.MULTILINE,
+)
+"""A command line, how many modules it may import beside click's, and which of the heavy ones."""
+
+
+@pytest.mark.parametrize(("line", "most", "heavy"), BUDGETS)
+def test_a_client_command_stays_within_its_budget(
+    demo: Path, line: str, most: str, heavy: str
+) -> None:
+    run, end = COMMAND.splitlines()[1], "\nexcept SystemExit: pass"
+    code = f"{COMMAND.splitlines()[0]}\ntry:\n    {run}{end}"
+    before, dashes, agent = line.replace("SID", "demo").partition(" -- ")
+    arguments = [*before.split(), "--sessions-dir", str(demo)]
+    modules = modules_after(code, *arguments, *([dashes.strip(), agent] if agent else []))
+    assert packages(modules) & HEAVY <= {"click", *re.findall(r"\w+", heavy)}
     click = modules_after("import click; click.echo()")
-    assert len(modules - click) < 60, sorted(modules - click)
+    assert len(modules - click) <= int(most), sorted(modules - click)
 
 
-@pytest.mark.parametrize("command", ["ls", "inspect demo", "stop demo"])
-def test_client_commands_import_nothing_of_the_daemon(demo: Path, command: str) -> None:
-    arguments = [*command.split(), "--sessions-dir", str(demo)]
-    found = packages(modules_after(COMMAND, *arguments)) & HEAVY
-    assert found <= {"asyncio", "click", "msgspec"}, "psutil is for other systems"
-
-
-def test_asking_the_daemon_imports_less_than_looking(folder: Path) -> None:
-    for command in ("status", "events --no-wait"):
-        code = f"try:\n    {COMMAND.splitlines()[1]}\nexcept SystemExit: pass"
-        arguments = [*command.split(), "--sessions-dir", str(folder)]
-        modules = modules_after(f"{COMMAND.splitlines()[0]}\n{code}", *arguments)
-        assert "reconciler.control_client" in modules
-        assert packages(modules) & HEAVY <= {"asyncio", "click"}
+def test_every_command_but_those_that_last_has_a_budget() -> None:
+    lasting = {"run", "demo"}
+    names = {name for name in cli.list_commands(click.Context(cli)) if name not in lasting}
+    assert {line.split()[0] for line, _, _ in BUDGETS} == names
 
 
 def test_completing_a_session_looks_at_no_process(demo: Path) -> None:
@@ -265,7 +277,9 @@ def test_a_settings_file_costs_only_where_there_is_one(demo: Path, tmp_path: Pat
     settings.write_text("resync = 30\n")
     line = '{"type":"get_state","id":"1"}'
     arguments = ["write", "demo", line, "--sessions-dir", str(demo)]
-    assert "reconciler.schema" in modules_after(COMMAND, *arguments, "--config", str(settings))
+    modules = modules_after(COMMAND, *arguments, "--config", str(settings))
+    assert "reconciler.schema" in modules
+    assert packages(modules) & HEAVY == {"click", "msgspec"}, "nothing that logs or waits"
     variable = {"PI_RECONCILER_RESYNC": "30"}
     assert "reconciler.schema" in modules_after(COMMAND, *arguments, variables=variable)
 

@@ -104,7 +104,8 @@ def check(*, file: Path | None, as_json: bool) -> None:
     elif problems:
         print_lines(problem.replace("\n", " ") for problem in problems)
     else:
-        confirm(f"{file or _path()}: no problem")
+        path = file or _path()
+        confirm(f"{path}: {'no problem' if path.exists() else 'not there, and no problem'}")
     sys.exit(BAD_SETTINGS if problems else 0)
 
 
