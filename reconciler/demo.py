@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from reconciler.controller import Reconciler
 from reconciler.errors import ReconcilerError
-from reconciler.keeper import KeeperManager, processes_of
+from reconciler.keeper import KeeperManager, SpawnedKeeper, processes_of
 from reconciler.ladder import Ladder
 from reconciler.layout import CLAIM, Role, file_name, sessions_dir
 from reconciler.logs import make_logger
@@ -181,15 +181,16 @@ class Demo:
     async def _start_three(
         self, reconciler: Reconciler, command: Sequence[str], env: dict[str, str]
     ) -> None:
-        keepers: dict[str, int] = {}
-        try:
-            for sid in (KILLED, FROZEN, UNHARMED):
-                options = {"agent_command": command, "env": env, "cwd": env["HOME"]}
-                keepers[sid] = (await reconciler.spawn(sid, **options)).keeper_pid
-        except ReconcilerError:
+        options = {"agent_command": command, "env": env, "cwd": env["HOME"]}
+        sids = (KILLED, FROZEN, UNHARMED)
+        spawned = await asyncio.gather(
+            *(reconciler.spawn(sid, **options) for sid in sids), return_exceptions=True
+        )
+        keepers = {up.sid: up.keeper_pid for up in spawned if isinstance(up, SpawnedKeeper)}
+        if failures := [each for each in spawned if isinstance(each, BaseException)]:
             for sid in keepers:
                 await reconciler.stop(sid)
-            raise
+            raise failures[0]
         ready = (
             reconciler.wait_for(sid, functools.partial(_is_whole, keeper))
             for sid, keeper in keepers.items()

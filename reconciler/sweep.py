@@ -92,7 +92,7 @@ class LogSweeper:
         budget = self.budget  # one sweep goes by one
         failures: list[str] = []
         names = list(folder.names())
-        if act and recover_logs(folder, names, failures):
+        if act and not folder.remote and recover_logs(folder, names, failures):
             names = list(folder.names())
         logs = survey(folder, names, living)
         done: list[Step] = []
@@ -178,7 +178,7 @@ def carry_out(folder: Folder, step: Step, stop: threading.Event = _NEVER) -> Fat
         os.unlink(hidden, dir_fd=folder.fd)
         return Fate.REMOVED
     try:
-        return Fate.REMOVED if _cut(folder, hidden, step.keep, stop) else Fate.CHANGED
+        return Fate.REMOVED if _cut(folder, hidden, step, stop) else Fate.CHANGED
     finally:
         _put_back(folder, hidden, log.name)
 
@@ -250,15 +250,18 @@ def _put_back(folder: Folder, hidden: str, name: str) -> None:
         os.unlink(hidden, dir_fd=folder.fd)
 
 
-def _cut(folder: Folder, hidden: str, keep: int, stop: threading.Event) -> bool:
+def _cut(folder: Folder, hidden: str, step: Step, stop: threading.Event) -> bool:
     """Cut a log in place to its newest bytes, from the start of a line; whether that was done.
 
     It takes no room on a disk that may be full. The newest bytes stay where they are until
-    the end, so that it can begin anew after a crash at any moment.
+    the end, so that it can begin anew after a crash at any moment. What has another name as
+    well, or was put under the hidden one, may be a file of somebody else: it is not written to.
     """
     with _opened(folder, hidden, os.O_RDWR) as descriptor:
         status = os.fstat(descriptor)
-        source, target = _line_start(descriptor, status.st_size - keep), 0
+        if status.st_nlink != 1 or file_id(status) != step.log.file:
+            return False
+        source, target = _line_start(descriptor, status.st_size - step.keep), 0
         try:
             while block := os.pread(descriptor, _BLOCK, source + target):
                 if stop.is_set():

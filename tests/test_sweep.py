@@ -17,6 +17,8 @@ from conftest import (
     root,
 )
 from stand_ins import ending
+from test_chaos_disk import Disk
+from test_chaos_disk import disk as disk  # noqa: PLC0414 - a fixture
 from test_removal import a_fifo
 
 from reconciler.budget import LogBudget, Step, Why, steps
@@ -112,6 +114,21 @@ def test_a_log_longer_than_a_block_is_cut_right(opened: Folder) -> None:
         line % number for number in range(1_000_000 - len(kept) // 8, 1_000_000)
     )
     assert 2.4e6 < len(kept) <= 2.5e6
+
+
+@root
+def test_on_a_full_disk_logs_are_cut_and_removed_all_the_same(disk: Disk) -> None:
+    lines = [b"%07d\n" % number for number in range(100_000)]
+    (disk.folder / "keeper-long.log").write_bytes(b"".join(lines))
+    (disk.folder / "keeper-old.log").write_bytes(b"".join(lines))
+    os.utime(disk.folder / "keeper-old.log", (0, 0))
+    disk.fill()
+    with Folder(disk.folder) as opened:
+        report = swept(opened, LogBudget(each=400_000))
+    assert [each.why for each in report.swept] == [Why.AGE, Why.EACH]
+    assert report.failures == ()
+    assert os.listdir(disk.folder) == ["keeper-long.log"]
+    assert (disk.folder / "keeper-long.log").read_bytes() == b"".join(lines[-25_000:])
 
 
 # What stays.
@@ -264,6 +281,39 @@ def test_a_keeper_of_another_make_that_comes_at_the_last_moment_keeps_its_log(
     born[0].write(b"new\n")
     born[0].close()
     assert path.read_text() == "old\n" * 1000 + "new\n"
+
+
+def test_a_log_that_is_another_file_as_well_is_not_cut(opened: Folder) -> None:
+    """An agent can link whatever it likes to the name of a log."""
+    precious = opened.path.parent / "precious"
+    precious.write_text("kept\n" * 1000)
+    (opened.path / KEEPER_LOG).hardlink_to(precious)
+    assert swept(opened, SHORT).swept == ()
+    assert precious.read_text() == "kept\n" * 1000
+    assert os.listdir(opened.path) == [KEEPER_LOG]
+    swept(opened, NOTHING)
+    assert os.listdir(opened.path) == []
+    assert precious.read_text() == "kept\n" * 1000
+
+
+def test_what_is_put_under_the_hidden_name_is_not_cut(
+    opened: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precious = opened.path.parent / "precious"
+    precious.write_text("kept\n" * 1000)
+    (opened.path / KEEPER_LOG).write_text("old\n" * 1000)
+    (step,) = steps_of(opened, SHORT)
+    hidden = opened.path / hidden_name(KEEPER_LOG)
+    opening = os.open
+
+    def late(path: str, flags: int, *args: int, dir_fd: int | None = None) -> int:
+        if path == hidden.name and flags & os.O_RDWR:
+            precious.rename(hidden)
+        return opening(path, flags, *args, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", late)
+    assert carry_out(opened, step) is Fate.CHANGED
+    assert (opened.path / KEEPER_LOG).read_text() == "kept\n" * 1000
 
 
 # It was killed in between.
