@@ -28,7 +28,7 @@ from reconciler.layout import InvalidSessionIdError
 
 _COMMANDS: Mapping[str, tuple[str, ...]] = {
     "Sessions": ("spawn", "write", "ls", "inspect", "logs", "stop"),
-    "The background process": ("run", "status", "events", "config", "doctor"),
+    "The background process": ("run", "status", "events", "service", "config", "doctor"),
     "The command line": ("demo", "completion"),
 }
 """What there is, under the headings of the help."""

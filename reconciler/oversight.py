@@ -6,6 +6,8 @@ Everything here is told from the event loop itself, so that a loop that is stuck
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import faulthandler
 from collections import Counter as Tally
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Self
@@ -54,6 +56,7 @@ class Oversight:
         """Begin: the reconciler is ready."""
         if self._pulse is not None:
             if self._notifier.watchdog is not None:
+                _tell_where_it_is_stuck()
                 self._pulse.listen(lambda _: self._notifier.alive())
             if self._exposition is not None and self._reconciler.metrics is not None:
                 self._expose(self._exposition, self._reconciler.metrics, self._pulse)
@@ -84,6 +87,12 @@ class Oversight:
         )
         metrics.read_loop(pulse)
         exposition.start(metrics.registry, lambda: health(reconciler, pulse))
+
+
+def _tell_where_it_is_stuck() -> None:
+    """Have the watchdog's SIGABRT write to standard error where each thread stands."""
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # there is none, or it is closed
+        faulthandler.enable()
 
 
 def health(reconciler: Reconciler, pulse: Pulse) -> Health:

@@ -39,7 +39,7 @@ def config(ctx: click.Context) -> None:
     \b
     What is in force, and why:        pi-reconciler config show
     Before a daemon reads it:         pi-reconciler config check ./new.toml
-    Have a daemon take the new file:  systemctl --user kill -s HUP pi-reconciler
+    Have a daemon take the new file:  systemctl --user reload pi-reconciler
     """  # noqa: D301 - click wants the real character
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
