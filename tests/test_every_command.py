@@ -38,6 +38,11 @@ COMMANDS = (
     Said("inspect NAME", r"phase +ready, because: keeper proven", r"session NAME in .*nothing\n"),
     Said("logs NAME", r"\d\d:\d\d:\d\d\S* +info +keeper ready: NAME", r"({[^\n]*}\n)+"),
     Said("status", r"^running on .*\n *pid +\d+", r"running on .*\nversion [^\n]*\n"),
+    Said(
+        "service install --dry-run",
+        r"^would run systemctl --user restart pi-reconciler",
+        r"would write /.*would run systemctl --user restart pi-reconciler\.service\n",
+    ),
     Said("config path", r"config\.toml", r"/.*/config\.toml\n"),
     Said("doctor || true", r"folder .*, nobody else's", r"ok +settings .*"),
     Said("completion bash", r"complete .*pi-reconciler", r"# .*complete [^\n]* pi-reconciler\n"),

@@ -182,7 +182,7 @@ def test_many_changes_are_told_at_most_once_a_second(daemon: Running) -> None:
     for number in range(30):
         stale_pair(daemon.folder, f"old{number}")
         daemon.manager.read()
-    until(lambda: not [*daemon.folder.glob("*.sock")], "all is cleaned")
+    until(lambda: not [*daemon.folder.glob("*.rpc.sock")], "all is cleaned")
     until(lambda: any("last: " in each for each in daemon.manager.read()), "it is told")
     told = [each for each in daemon.manager.read() if each.startswith("STATUS=")]
     assert len(told) <= 2 + (time.monotonic() - began)
