@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from reconciler.keeper import StoppedSession as StoppedSession
     from reconciler.ladder import Ladder as Ladder
     from reconciler.layout import InvalidSessionIdError as InvalidSessionIdError
+    from reconciler.restarts import RestartLimits as RestartLimits
     from reconciler.rpc_writer import Attempt as Attempt
     from reconciler.rpc_writer import Delivery as Delivery
     from reconciler.rpc_writer import InvalidMessageError as InvalidMessageError
@@ -73,6 +74,7 @@ _HOMES = {
     "keeper": ("Finding", "KeeperEntry", "KeeperManager", "SpawnedKeeper", "StoppedSession"),
     "ladder": ("Ladder",),
     "layout": ("InvalidSessionIdError",),
+    "restarts": ("RestartLimits",),
     "rpc_writer": (
         "Attempt",
         "Delivery",

@@ -54,6 +54,7 @@ class Common(NamedTuple):
             keeper_command=self.settings.keeper_command or OUR_KEEPER,
             programs=self.settings.programs,
             policy=self.settings.policy,
+            restart_limits=self.settings.restart,
             ladder=self.settings.ladder,
         )
 

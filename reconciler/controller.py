@@ -24,6 +24,7 @@ from reconciler.errors import (
     FolderError,
     FolderLockedError,
     NoSuchSessionError,
+    ReconcilerError,
     UnverifiableError,
 )
 from reconciler.exits import Exits
@@ -39,14 +40,13 @@ from reconciler.reports import Log, Reporter
 from reconciler.retries import FIRST, Retries
 from reconciler.served import Served
 from reconciler.state import (
-    Adopt,
     Desired,
+    Instant,
     KeeperState,
     Observation,
     Plan,
     ProcessId,
-    Rebind,
-    Remove,
+    Restart,
     Session,
     SessionTable,
     Stop,
@@ -77,9 +77,12 @@ LOOK_FOR_LEFTOVERS = "+"
 LOOK_AT_PROCESSES = "&"
 """The hint to scan for what no file tells of; no session id can be this."""
 
+RESTARTS_AT_ONCE = 4
+"""Sessions that are being started again at the same time: each takes a thread, of which the
+event loop has five at least, and some 20 ms of a core."""
+
 _ENOUGH_SCANS = 3
 _NOTHING_THERE = frozenset({Verdict.ABSENT, Verdict.MISSING})
-_OVER = _NOTHING_THERE | {Verdict.LEFTOVERS}
 
 
 class Reconciler:
@@ -136,6 +139,7 @@ class Reconciler:
         self._wishes: set[str] = set()
         self._unneeded: dict[str, int] = {}
         self._retries = Retries()
+        self._restarts = asyncio.Semaphore(RESTARTS_AT_ONCE)
         self._failures = Retries()
         self._exited_at: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -258,16 +262,22 @@ class Reconciler:
         Raises:
             NoSuchSessionError: nothing of it is there.
             UnverifiableError: whose its process or file is cannot be proven, or this
-                reconciler may not act. Nothing was done, and what was wanted of the session
-                before is wanted again. (A call that is cancelled leaves it unwanted.)
+                reconciler may not act. Nothing was done, but that it is not started again,
+                and what was wanted of the session before is wanted again. (A call that is
+                cancelled leaves it unwanted.)
         """
         begun = time.monotonic()
+        check_sid(sid)
+        kept = self._keep_no_longer(sid)
         try:
-            seen = self.manager.inspect(check_sid(sid)).seen
+            seen = self.manager.inspect(sid).seen
         except NoSuchSessionError:
             self.sessions.want(sid, Desired.ABSENT)  # a wish that it were there ends, too
             self._hint(sid, AT_ONCE)
-            raise
+            if not kept:
+                raise
+            await self.wait_for(sid, _is_over)  # it may be being started again
+            return StoppedSession(sid, None, time.monotonic() - begun)
         keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
         if (reason := self._may_not_act()) or self._folder is None:
             raise UnverifiableError(f"session {sid} was left alone: {reason}")
@@ -283,6 +293,12 @@ class Reconciler:
             left = await self.manager.end_leftovers(self._folder.probe, sid, self._tell_done)
         elapsed = time.monotonic() - begun
         return StoppedSession(sid, keeper.pid if keeper else None, elapsed, left)
+
+    def _keep_no_longer(self, sid: str) -> bool:
+        """From here on it is not started again; whether it would have been."""
+        if self._folder is None or self._may_not_act():
+            return False
+        return self.manager.keep_no_longer(self._folder.folder, sid)
 
     async def _end(self, sid: str, before: Desired) -> None:
         """Want a session to be absent, and wait until that is so, or cannot be."""
@@ -446,7 +462,7 @@ class Reconciler:
         row = self.sessions.row(sid)
         suspects = self._suspects.pop(sid, NO_SUSPECTS)
         seen = suspects.look(served.probe, sid, row.seen)
-        plan = decide(seen, row.desired, self.manager.policy)
+        plan = decide(seen, row.desired, self.manager.policy, self.manager.restart_limits)
         news = self.sessions.record(seen, plan)
         self._exits.follow(sid, seen.watched)
         if plan.again_after is not None:
@@ -454,10 +470,12 @@ class Reconciler:
         may_act = not (plan.actions and self._may_not_act())
         if news:
             self._reporter.judged(seen, plan, acting=may_act)
+        if seen.over:
+            self._exited_at.pop(sid, None)
+            if _was_alive(row):
+                self._hints.add(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
         if not plan.actions:
             self._rest(sid, plan)
-            if plan.verdict in _OVER and _was_alive(row):
-                self._hints.add(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
             return False
         if not may_act or not self._may_try(sid, plan):
             return False
@@ -473,7 +491,7 @@ class Reconciler:
             self._hints.add(sid, now + self._retries.note(sid, plan.reason, now))
             return
         self._retries.forget(sid)
-        if plan.verdict in {Verdict.ABSENT, Verdict.READY}:
+        if plan.verdict is Verdict.READY:
             self._exited_at.pop(sid, None)
 
     def _may_try(self, sid: str, plan: Plan) -> bool:
@@ -492,12 +510,12 @@ class Reconciler:
         self._reporter.failed(sid, error, pause, again=pause > FIRST)
 
     def _act(self, seen: Observation, plan: Plan, served: Served) -> bool:
-        slow = [a for a in plan.actions if isinstance(a, Stop)]
+        slow = [a for a in plan.actions if not isinstance(a, Instant)]
         for action in plan.actions:
-            if isinstance(action, Remove | Rebind | Adopt):
+            if isinstance(action, Instant):
                 self._tell_done(seen, plan, served.effects.instant(seen, action))
         if slow:
-            self._begin(self._stop(seen, plan, slow, served))
+            self._begin(self._take_time(seen, plan, slow, served))
             return True
         if plan.again_after is None:
             self._hints.add(seen.sid, time.monotonic())
@@ -508,16 +526,20 @@ class Reconciler:
         since_exit = time.monotonic() - exited_at if exited_at is not None else None
         self._reporter.done(seen, plan, done, since_exit)
 
-    async def _stop(
+    async def _take_time(
         self,
         seen: Observation,
         plan: Plan,
-        actions: Sequence[Stop],
+        actions: Sequence[Stop | Restart],
         served: Served,
     ) -> None:
         try:
             for action in actions:
-                self._tell_done(seen, plan, await served.effects.stop(seen, action))
+                if isinstance(action, Restart):
+                    done = await self._restart(seen.sid, action)
+                else:
+                    done = await served.effects.stop(seen, action)
+                self._tell_done(seen, plan, done)
             self._hints.add(seen.sid, AT_ONCE)
             if plan.verdict is Verdict.LEFTOVERS:  # more may have come while they were ended
                 self._hints.add(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
@@ -526,6 +548,21 @@ class Reconciler:
         finally:
             self._hints.release(seen.sid)
             self._wake()
+
+    async def _restart(self, sid: str, action: Restart) -> Done:
+        """Start a session again, in a thread: what it is started in may be a disk that hangs."""
+        async with self._restarts:
+            begun = time.monotonic()
+            try:
+                spawned = await asyncio.to_thread(
+                    lambda: asyncio.run(self.manager.restart(sid, action.note))
+                )
+            except (ReconcilerError, ValueError) as error:
+                # What follows may be the end of a log, and that may hold what an agent was given.
+                success, detail = False, str(error).partition("; ")[0]
+            else:
+                success, detail = True, f"keeper {spawned.keeper_pid} started"
+            return Done(action, success, detail, time.monotonic() - begun)
 
     # All sessions.
 
@@ -593,7 +630,7 @@ class Reconciler:
         end = time.monotonic() + SLICE
         for name in served.folder.names():
             parsed = parse_name(name)
-            if parsed is not None and parsed.role in CLAIM:
+            if parsed is not None and parsed.role in {*CLAIM, Role.LAUNCH}:
                 self._hint(parsed.sid, time.monotonic())
             elif parsed is not None and parsed.role is Role.LEAVE:
                 wishes.add(parsed.sid)
@@ -729,4 +766,4 @@ def _is_over(row: Session) -> bool:
 
 
 def _was_alive(row: Session) -> bool:
-    return row.phase not in _OVER and row.seen is not None and row.seen.seen_alive
+    return row.seen is not None and row.seen.seen_alive and not row.seen.over

@@ -15,6 +15,7 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from reconciler import launches
 from reconciler.facts import Processes
 from reconciler.ladder import Ladder, end
 from reconciler.layout import Role, file_name
@@ -24,6 +25,9 @@ from reconciler.removal import Removal, remove
 from reconciler.state import (
     Action,
     Adopt,
+    Forget,
+    GiveUp,
+    Instant,
     KeeperState,
     Observation,
     ProcessId,
@@ -34,6 +38,8 @@ from reconciler.state import (
     StopKeeper,
     StopLeftovers,
 )
+
+_ANOTHER = "another launch note stands there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,7 @@ class Effects:
         self._ladder = ladder or Ladder()
         self._processes = processes
 
-    def instant(self, seen: Observation, action: Remove | Rebind | Adopt) -> Done:
+    def instant(self, seen: Observation, action: Instant) -> Done:
         """Carry out an action that needs no waiting.
 
         Raises:
@@ -73,7 +79,7 @@ class Effects:
         success, detail = self._act(seen.sid, action)
         return Done(action, success, detail, time.monotonic() - start)
 
-    def _act(self, sid: str, action: Remove | Rebind | Adopt) -> tuple[bool, str]:
+    def _act(self, sid: str, action: Instant) -> tuple[bool, str]:
         match action:
             case Remove():
                 removal = remove(self._probe.folder, sid, action.entries)
@@ -84,6 +90,12 @@ class Effects:
             case Adopt():
                 written = self._adopt(sid, action)
                 return written, "pid file written" if written else "the pid file has changed"
+            case GiveUp(note):
+                noted = launches.give_up(self._probe.folder, sid, note)
+                return noted, "noted down" if noted else _ANOTHER
+            case Forget(note):
+                gone = launches.forget_judged(self._probe.folder, sid, note)
+                return gone, "launch note removed" if gone else _ANOTHER
 
     async def stop(self, seen: Observation, action: Stop) -> Done:
         """End processes by the ladder, and return when they are dead or no more can be done.

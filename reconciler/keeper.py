@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from reconciler import launches
 from reconciler.agents import AgentProbe
 from reconciler.effects import Done, Effects
 from reconciler.errors import (
@@ -28,15 +29,26 @@ from reconciler.errors import (
 from reconciler.folder import Folder
 from reconciler.identity import KNOWN_PROGRAMS
 from reconciler.ladder import Ladder
-from reconciler.layout import check_sid, claims, registry_file, sessions_dir, socket_address
+from reconciler.launches import Launch
+from reconciler.layout import check_sid, concerns, registry_file, sessions_dir, socket_address
 from reconciler.leftovers import forget_wish, wish_to_leave
 from reconciler.probe import Probe
 from reconciler.processes import Target, is_over
 from reconciler.registry import Registry
-from reconciler.spawning import OUR_KEEPER, KeeperRequest, check, default_environment, start
+from reconciler.restarts import RestartLimits, RestartPolicy, recent
+from reconciler.spawning import (
+    OUR_KEEPER,
+    KeeperRequest,
+    check,
+    default_environment,
+    environment_to_restart,
+    start,
+)
 from reconciler.state import (
     Desired,
     Entry,
+    FileId,
+    Instant,
     KeeperState,
     Observation,
     Plan,
@@ -104,6 +116,8 @@ class KeeperManager:
         programs: base names of further keeper programs that others run here.
         agent_probe: the caller's own word on whether a session's agent lives.
         policy: the times that decisions depend on.
+        restart_limits: how fast, and how often, sessions that have a restart policy are started
+            again.
         ladder: how processes are ended.
     """
 
@@ -115,12 +129,14 @@ class KeeperManager:
         programs: frozenset[str] = frozenset(),
         agent_probe: AgentProbe | None = None,
         policy: Policy | None = None,
+        restart_limits: RestartLimits | None = None,
         ladder: Ladder | None = None,
     ) -> None:
         if not keeper_command:
             raise ValueError("keeper_command is empty: give the runtime and the keeper's file")
         self.sessions_dir = Path(sessions_dir or default_sessions_dir()).absolute()
         self.policy = policy or Policy()
+        self.restart_limits = restart_limits or RestartLimits()
         self.ladder = ladder or Ladder()
         self.programs = KNOWN_PROGRAMS | programs | {os.path.basename(keeper_command[-1])}
         self.agent_probe = agent_probe
@@ -146,6 +162,7 @@ class KeeperManager:
         env: Mapping[str, str] | None = None,
         agent_command: Sequence[str] = (),
         capture: bool = False,
+        restart: RestartPolicy = "never",
         ready: bool = True,
         timeout: float = 10.0,  # noqa: ASYNC109 - it is the keeper that is given up, not the call
     ) -> SpawnedKeeper:
@@ -157,6 +174,9 @@ class KeeperManager:
             env: the agent's whole environment; this process's when left out.
             agent_command: program and arguments; ``pi --mode rpc`` when left out.
             capture: the agent's output goes to the keeper log, else nowhere.
+            restart: when the reconciler of the folder starts the session again: ``never``,
+                ``on-failure`` or ``always``. For the last two all of the above but ``env`` is
+                kept in the folder: let no secret stand in ``agent_command``.
             ready: also wait until the agent has lived 300 ms, and fail if it does not.
             timeout: seconds until a keeper that neither comes up nor fails is ended.
 
@@ -172,14 +192,18 @@ class KeeperManager:
             env=env,
             agent_command=agent_command,
             capture=capture,
+            restart=restart,
             ready=ready,
             timeout=timeout,
         )
         with self._made_folder() as folder:
             probe = self.probe(folder)
             await self._make_free(request.sid, probe)
+            self._forget_launch(folder, request.sid)  # the session before is not started again
             started = await start(request, probe)
             forget_wish(folder, request.sid)  # it was about the session before
+            if request.restart != "never":
+                await self._note_launch(request, probe)
         socket = socket_address(self.sessions_dir, request.sid)
         return SpawnedKeeper(request.sid, started.pid, started.agent_pid, socket)
 
@@ -191,6 +215,7 @@ class KeeperManager:
         env: Mapping[str, str] | None = None,
         agent_command: Sequence[str] = (),
         capture: bool = False,
+        restart: RestartPolicy = "never",
         ready: bool = True,
         timeout: float = 10.0,
     ) -> KeeperRequest:
@@ -202,11 +227,95 @@ class KeeperManager:
             agent_command=tuple(agent_command),
             capture=capture,
             keeper_command=self._keeper_command,
+            restart=restart,
             ready=ready,
             timeout=timeout,
         )
         check(request, self.sessions_dir)
+        launches.check(_launch(request))
         return request
+
+    def _forget_launch(self, folder: Folder, sid: str) -> bool:
+        """From here on the reconciler does not start the session again; whether it would have."""
+        try:
+            return launches.forget(folder, sid)
+        except OSError as error:
+            raise FolderError(
+                f"sessions folder {str(self.sessions_dir)!r} cannot be written to, to end the "
+                f"restarts of session {sid}: {error.strerror}"
+            ) from error
+
+    async def _note_launch(self, request: KeeperRequest, probe: Probe) -> None:
+        """Note down how to start a session again; if that cannot be done it is ended."""
+        sid = request.sid
+        try:
+            launches.write(probe.folder, sid, _launch(request))
+        except OSError as error:
+            await self._stop(probe.look(sid), probe)
+            raise FolderError(
+                f"sessions folder {str(self.sessions_dir)!r} cannot be written to, to note down "
+                f"how session {sid} is started again: {error.strerror}; so it was ended"
+            ) from error
+
+    async def restart(self, sid: str, judged: FileId) -> SpawnedKeeper:
+        """Start a session again that has ended, as its launch note says.
+
+        The attempt is noted down before it is made, so that it counts whatever happens. Should
+        the note be removed meanwhile, since somebody stops the session, then what was started is
+        ended: they remove it before they look, and here it is looked at after the start.
+
+        Args:
+            sid: the session's id.
+            judged: the note that was judged. With any other nothing is done.
+
+        Raises:
+            NoSuchSessionError: the session was stopped, or spawned anew.
+            ReconcilerError, OSError: why it did not start. Nothing of it is left.
+        """
+        with self.open_folder() as folder:
+            if folder is None:
+                raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
+            self.refuse_untrusted(folder)
+            probe = self.probe(folder)
+            with contextlib.ExitStack() as held:
+                try:
+                    note = held.enter_context(launches.opened(folder, sid, to_write=True))
+                except (FileNotFoundError, launches.NoNoteError) as error:
+                    raise NoSuchSessionError(f"session {sid} was stopped") from error
+                if note.file != judged:
+                    raise NoSuchSessionError(f"session {sid}: its launch note is another one now")
+                return await self._restart(sid, note, probe)
+
+    async def _restart(self, sid: str, note: launches.Note, probe: Probe) -> SpawnedKeeper:
+        launch, now = note.launch, time.monotonic()
+        tries = (*recent(note.record.restarts, now, self.restart_limits), now)
+        record = replace(note.record, this_boot=True, restarts=tries)
+        note.write(record)
+        request = KeeperRequest(
+            sid=sid,
+            cwd=Path(launch.cwd),
+            env=environment_to_restart(),
+            agent_command=launch.agent_command,
+            capture=launch.capture,
+            keeper_command=launch.keeper_command or OUR_KEEPER,
+            ready=False,
+        )
+        try:
+            check(request, self.sessions_dir)
+            await self._make_free(sid, probe)
+            if self.policy.leftovers == "stop":
+                await self.end_leftovers(probe, sid)
+            started = await start(request, probe)
+        except AlreadyRunningError:
+            raise
+        except Exception:
+            note.write(record, failed=True)  # its keeper may have said farewell on our request
+            raise
+        if not note.stands():
+            await self._stop(probe.look(sid), probe)
+            raise NoSuchSessionError(f"session {sid} was stopped while it was started again")
+        socket = socket_address(self.sessions_dir, sid)
+        return SpawnedKeeper(sid, started.pid, started.agent_pid, socket)
 
     async def _make_free(self, sid: str, probe: Probe) -> None:
         """Refuse a session id that is in use, and end the agent that a dead keeper left.
@@ -298,7 +407,7 @@ class KeeperManager:
                 return []
             probe = self.probe(folder)
             suspects = probe.scan_all()
-            sids = {sid for name in folder.names() if (sid := claims(name))}
+            sids = {sid for name in folder.names() if (sid := concerns(name))}
             looks = (suspects.look(probe, sid) for sid in sids | suspects.sids)
             return [
                 self._finding(seen)
@@ -317,7 +426,8 @@ class KeeperManager:
             socket=_dated(seen.socket, seen.now),
             agent_file=_dated(seen.agent_file, seen.now),
         )
-        return Finding(dated, decide(dated, Desired.AS_FOUND, self.policy))
+        plan = decide(dated, Desired.AS_FOUND, self.policy, self.restart_limits)
+        return Finding(dated, plan)
 
     def inspect(self, sid: str) -> Finding:
         """Look once at one session, and judge it. Nothing is changed.
@@ -364,8 +474,9 @@ class KeeperManager:
 
         Raises:
             NoSuchSessionError: nothing of it is there.
-            UnverifiableError: whose its process or file is cannot be proven. Nothing was done.
-            FolderError: the folder cannot be read or trusted. Nothing was done.
+            UnverifiableError: whose its process or file is cannot be proven. Nothing was done,
+                but that it is not started again.
+            FolderError: the folder cannot be used or trusted. Nothing was done.
             StillAliveError: a process hangs in the kernel and outlives SIGKILL.
         """
         check_sid(sid)
@@ -373,16 +484,28 @@ class KeeperManager:
         with self.open_folder() as folder:
             if folder is None:
                 raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
-            self.refuse_untrusted(folder)
+            kept = self.keep_no_longer(folder, sid)
             probe = self.probe(folder)
             seen = probe.scan_all().look(probe, sid)
-            if seen.empty:
+            if seen.empty and not kept:
                 raise NoSuchSessionError(f"no session {sid} in {self.sessions_dir}")
             self.wish(folder, sid, leave=leave)
             keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
             await self._stop(seen, probe)
             left = 0 if leave else await self.end_leftovers(probe, sid)
         return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun, left)
+
+    def keep_no_longer(self, folder: Folder, sid: str) -> bool:
+        """Whoever stops a session does this first, and looks at it then: so it stays stopped.
+
+        Returns:
+            Whether the session had a restart policy.
+
+        Raises:
+            FolderError: the folder cannot be trusted, or not be written to. Nothing was done.
+        """
+        self.refuse_untrusted(folder)
+        return self._forget_launch(folder, sid)
 
     def wish(self, folder: Folder, sid: str, *, leave: bool) -> None:
         """Note down, for whoever works on the folder, what is to become of leftovers.
@@ -455,10 +578,12 @@ class KeeperManager:
                 raise UnverifiableError(f"session {seen.sid} was left alone: {plan.reason}")
             for action in plan.actions:
                 try:
-                    if isinstance(action, Stop):
-                        done = await effects.stop(seen, action)
-                    else:
+                    if isinstance(action, Instant):
                         done = effects.instant(seen, action)
+                    elif isinstance(action, Stop):
+                        done = await effects.stop(seen, action)
+                    else:  # what is not wanted is not started
+                        raise TypeError(f"this is no part of a stop: {action}")
                 except OSError as error:
                     raise ReconcilerError(f"session {seen.sid}: {error}") from error
                 failures = 0 if done.success else failures + 1
@@ -483,6 +608,16 @@ class KeeperManager:
 _OVER = frozenset({Verdict.ABSENT, Verdict.LEFTOVERS})
 _STOP_TRIES = 20
 _STOP_PAUSE = 0.05
+
+
+def _launch(request: KeeperRequest) -> Launch:
+    return Launch(
+        policy=request.restart,
+        cwd=str(request.cwd),
+        agent_command=tuple(request.agent_command),
+        keeper_command=() if request.ours else tuple(request.keeper_command),
+        capture=request.capture,
+    )
 
 
 def _dated(entry: Entry, now: float) -> Entry:

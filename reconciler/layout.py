@@ -54,6 +54,8 @@ class Role(enum.Enum):
     LAUNCH_LOG = "launch_log"
     LEAVE = "leave"
     """The user's wish that what the session has started is left alone when it ends."""
+    LAUNCH = "launch"
+    """What a session with a restart policy was started with."""
 
 
 CLAIM = (Role.SOCKET, Role.AGENT_PID_FILE, Role.PID_FILE)
@@ -65,6 +67,7 @@ _LOGS_AND_NOTES = {
     Role.KEEPER_LOG: ("keeper-", ".log"),
     Role.LAUNCH_LOG: ("keeper-launch-", ".log"),
     Role.LEAVE: ("keeper-", ".leave"),
+    Role.LAUNCH: ("keeper-", ".launch"),
 }
 _NAMES = {
     **_LOGS_AND_NOTES,
@@ -160,8 +163,10 @@ def parse_name(name: str, platform: str = sys.platform) -> ParsedName | None:
     """
     if name.startswith("."):
         return None
-    if name.startswith("keeper-") and name.endswith(".leave"):
-        return _parsed(Role.LEAVE, name[len("keeper-") : -len(".leave")])
+    for role in (Role.LEAVE, Role.LAUNCH):
+        before, after = _LOGS_AND_NOTES[role]
+        if name.startswith(before) and name.endswith(after):
+            return _parsed(role, name[len(before) : -len(after)])
     if name.startswith("keeper-") and name.endswith(".log"):
         launch = name.startswith("keeper-launch-")
         sid = name[len("keeper-launch-" if launch else "keeper-") : -len(".log")]
@@ -182,6 +187,15 @@ def claims(name: str, platform: str = sys.platform) -> str | None:
     """The session id that a name claims a keeper for; None for logs and foreign names."""
     parsed = parse_name(name, platform)
     return parsed.sid if parsed and parsed.role in CLAIM else None
+
+
+def concerns(name: str, platform: str = sys.platform) -> str | None:
+    """The session that should be looked at for a name: it claims a keeper, or asks for one."""
+    parsed = parse_name(name, platform)
+    return parsed.sid if parsed and parsed.role in _CONCERN else None
+
+
+_CONCERN = frozenset({*CLAIM, Role.LAUNCH})
 
 
 class KeeperArguments(NamedTuple):

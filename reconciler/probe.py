@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from reconciler import launches
 from reconciler.agents import AgentProbe, Agents, Sighting
 from reconciler.facts import Processes
 from reconciler.folder import Folder
@@ -129,7 +130,7 @@ class Probe:
             keeper, *rivals = rivals or [self._without_proof(sid, before) or keeper]
         leftovers = self._left(sid, keeper, before, scanned, marked)
         agent = self._agents.find(Sighting(sid, now, keeper, pid_file, agent_file), before)
-        return Observation(
+        seen = Observation(
             sid=sid,
             now=now,
             pid_file=pid_file,
@@ -145,6 +146,18 @@ class Probe:
             leftovers=_without(leftovers, agent),
             leave=bool(leftovers) and leaves(self.folder, sid),
         )
+        # While it is being cleaned up nobody asks, and each microsecond counts.
+        asked_for = keeper.state is KeeperState.PROVEN or seen.over
+        return self._with_note(seen, before) if asked_for else seen
+
+    def _with_note(self, seen: Observation, before: Observation | None) -> Observation:
+        """With the launch note: what is to become of a session once it is over."""
+        if self.folder.status(file_name(Role.LAUNCH, seen.sid)) is None:
+            return seen
+        note, record = launches.look(self.folder, seen.sid, seen.now, over=seen.over)
+        if before is not None and before.over == seen.over:
+            note = _aged(note, before.note)
+        return replace(seen, note=note, record=record)
 
     def scan(self) -> Mapping[str, list[int]]:
         """The pids of all processes that run a known keeper program, by session id."""

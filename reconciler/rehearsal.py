@@ -51,8 +51,9 @@ def spawn(manager: KeeperManager, sid: str | None, **options: Any) -> Start:  # 
         with Folder(manager.sessions_dir) as folder:
             manager.refuse_untrusted(folder)
             _check_writable(folder)
-            plan = manager.refuse_used(manager.probe(folder).look(request.sid))
-            first = [action_words(action) for action in plan.actions]
+            seen = manager.probe(folder).look(request.sid)
+            manager.refuse_used(seen)
+            first = _cleared(seen, manager)
     except FileNotFoundError:
         _check_place(manager.sessions_dir)
         first = [f"make the folder {manager.sessions_dir}"]
@@ -63,6 +64,13 @@ def spawn(manager: KeeperManager, sid: str | None, **options: Any) -> Start:  # 
     found = shutil.which(named, path=request.env.get("PATH", os.defpath)) or program
     socket = socket_address(manager.sessions_dir, request.sid)
     return Start(request.sid, found, str(request.cwd), socket, tuple(first))
+
+
+def _cleared(seen: Observation, manager: KeeperManager) -> list[str]:
+    """What of the session before would go, in words."""
+    actions = decide(seen, Desired.ABSENT, manager.policy).actions
+    note = ["remove its launch note"] if seen.record else []
+    return [*map(action_words, actions), *note]
 
 
 def _check_place(folder: Path) -> None:
@@ -142,6 +150,7 @@ def _files(seen: Observation) -> tuple[str, ...]:
         (Role.SOCKET, seen.socket),
         (Role.AGENT_PID_FILE, seen.agent_file),
         (Role.PID_FILE, seen.pid_file),
+        (Role.LAUNCH, seen.note),
     )
     return tuple(
         file_name(role, seen.sid)

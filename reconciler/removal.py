@@ -94,7 +94,7 @@ def remove_logs(folder: Folder, sid: str, names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def birth_lock(folder: Folder, sid: str) -> Iterator[bool]:
-    """Hold the lock that a keeper of ours holds for life: the one on its log."""
+    """Hold the lock that a keeper of ours holds for life, the one on its log, if it is free."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(file_name(Role.KEEPER_LOG, sid), flags, dir_fd=folder.fd)

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from reconciler.effects import Done
 from reconciler.state import (
     Adopt,
+    Forget,
+    GiveUp,
     Observation,
     Plan,
     Rebind,
     Remove,
+    Restart,
     StopAgent,
     StopKeeper,
     StopLeftovers,
@@ -42,7 +45,11 @@ _EVENTS: Mapping[type, str] = {
     StopLeftovers: "leftovers.stopped",
     Rebind: "keeper.told_to_bind",
     Adopt: "keeper.adopted",
+    Restart: "session.restarted",
+    GiveUp: "session.given_up",
+    Forget: "session.not_restarted",
 }
+_FAILURES: Mapping[type, str] = {Restart: "session.restart_failed"}
 ACTIONS = frozenset(_EVENTS.values())
 """The events that tell of something done."""
 
@@ -120,13 +127,15 @@ class Reporter:
             more["keeper_pid"] = done.action.process.pid
         if not done.success:
             action = type(done.action).__name__
-            self._tell(self._log.warning, "action.failed", seen, plan, action=action, **more)
+            failed = _FAILURES.get(type(done.action), "action.failed")
+            self._tell(self._log.warning, failed, seen, plan, action=action, **more)
             return
         if isinstance(done.action, Remove) and since_exit is not None:
             more["since_exit_ms"] = round(since_exit * 1000, 3)
             if self._metrics is not None:
                 self._metrics.cleaned(since_exit)
-        self._tell(self._log.info, event, seen, plan, **more)
+        log = self._log.warning if isinstance(done.action, GiveUp) else self._log.info
+        self._tell(log, event, seen, plan, **more)
 
     def failed(self, sid: str, error: Exception, retry: float, *, again: bool = False) -> None:
         """Looking at a session, or acting on it, ended with an error: a new one, or again."""
@@ -196,5 +205,8 @@ def _evidence(seen: Observation) -> dict[str, object]:
         "agent_evidence": seen.agent.evidence,
         "leftovers": [f"{each.process.pid} {each.name}" for each in seen.leftovers[:_MOST]],
         "leftover_count": len(seen.leftovers) or None,
+        "policy": seen.record.policy if seen.record else None,
+        "ending": seen.record.ending.value if seen.record else None,
+        "restarts": len(seen.record.restarts) if seen.record else None,
     }
     return {key: value for key, value in evidence.items() if value not in ("", None, [])}

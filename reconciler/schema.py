@@ -25,6 +25,7 @@ from reconciler.ladder import Ladder
 from reconciler.layout import PREFIX
 from reconciler.log_settings import LogSettings
 from reconciler.ranges import Pattern, Range
+from reconciler.restarts import RestartLimits
 from reconciler.rpc_writer import WritePolicy
 from reconciler.state import Policy
 
@@ -42,6 +43,7 @@ class Top:
 
 TABLES: Mapping[str, type] = {
     "policy": Policy,
+    "restart": RestartLimits,
     "ladder": Ladder,
     "write": WritePolicy,
     "log": LogSettings,
@@ -53,7 +55,7 @@ TABLES: Mapping[str, type] = {
 AT_ONCE = frozenset(
     {
         *("resync", "programs", "keeper_command", "agent_command", "log.level"),
-        *("policy", "ladder", "write", "log_budget"),
+        *("policy", "restart", "ladder", "write", "log_budget"),
     }
 )
 """Keys, and whole tables, that a running daemon takes at SIGHUP; others wait for its next start."""

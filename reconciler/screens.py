@@ -11,17 +11,21 @@ import msgspec
 from reconciler.columns import aligned
 from reconciler.keeper import Finding
 from reconciler.layout import socket_address
+from reconciler.restarts import Ending, RestartRecord
 from reconciler.state import (
     Adopt,
     AgentState,
     Entry,
     EntryKind,
+    Forget,
+    GiveUp,
     KeeperState,
     Listening,
     Observation,
     Plan,
     Rebind,
     Remove,
+    Restart,
     Session,
     StopAgent,
     StopKeeper,
@@ -40,6 +44,7 @@ def row(finding: Finding, folder: Path) -> dict[str, Any]:
 def session_row(session: Session, folder: Path, now: float | None = None) -> dict[str, Any]:
     """The same for a row of the table; ``now``: show ages as of then, and not of the last look."""
     seen = session.seen
+    record = seen.record if seen else None
     since = (now or seen.now) - seen.now if seen else 0.0
     return {
         "sid": session.sid,
@@ -50,12 +55,25 @@ def session_row(session: Session, folder: Path, now: float | None = None) -> dic
         "socket": socket_address(folder, session.sid),
         "reason": session.reason,
         "leftovers": [each.process.pid for each in seen.leftovers] if seen else [],
+        "restart": record.policy if record else "never",
+        "restarts": len(record.restarts) if record else 0,
     }
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Rows as `ls` shows them, under a heading."""
-    return aligned([("SID", "PHASE", "KEEPER", "AGENT", "AGE"), *map(cells, rows)])
+    """Rows as `ls` shows them, under a heading; restarts where a session has a policy."""
+    rows = list(rows)
+    lines = [("SID", "PHASE", "KEEPER", "AGENT", "AGE"), *map(cells, rows)]
+    kept = ["RESTART", *map(_kept, rows)]
+    if any(kept[1:]):
+        return aligned([(*line, each) for line, each in zip(lines, kept, strict=True)])
+    return aligned(lines)
+
+
+def _kept(row: Mapping[str, Any]) -> str:
+    if row["restart"] == "never":
+        return ""
+    return f"{row['restart']} ({row['restarts']})" if row["restarts"] else str(row["restart"])
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
@@ -125,6 +143,7 @@ def told(finding: Finding, folder: Path) -> Iterator[str]:
             ("pid file", _pid_file(seen.pid_file)),
             ("agent pid file", _pid_file(seen.agent_file)),
             *([_started(seen)] if seen.leftovers else []),
+            *([("restart", _restarts(seen.record))] if seen.record else []),
             *([("filesystem", "a network's, where a dead pid proves little")] * seen.remote),
             ("", ""),
             ("phase", f"{plan.verdict.value}, because: {plan.reason}"),
@@ -174,6 +193,13 @@ def _started(seen: Observation) -> tuple[str, str]:
     return heading, f"{named} (to be left alone)" if seen.leave else named
 
 
+def _restarts(record: RestartRecord) -> str:
+    times = len(record.restarts)
+    lately = f", restarted {times} time{'s' if times != 1 else ''} lately" if times else ""
+    ended = f", ended: {record.ending.value}" if record.ending is not Ending.NOT_YET else ""
+    return f"{record.policy}{lately}{ended}{', given up' if record.given_up else ''}"
+
+
 def _pid_file(entry: Entry) -> str:
     return f"names process {entry.pid}" if entry.kind is EntryKind.PID else _entry(entry)
 
@@ -203,5 +229,11 @@ def action_words(action: object) -> str:
             return f"tell keeper {process.pid} to bind its socket again"
         case Adopt(process):
             return f"write the pid file of keeper {process.pid} again"
+        case Restart():
+            return "start it again, as its launch note says"
+        case GiveUp():
+            return "give it up"
+        case Forget():
+            return "remove its launch note"
         case _:
             return repr(action)

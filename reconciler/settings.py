@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from reconciler.budget import LogBudget
     from reconciler.ladder import Ladder
     from reconciler.log_settings import LogSettings
+    from reconciler.restarts import RestartLimits
     from reconciler.rpc_writer import WritePolicy
     from reconciler.sources import Said
     from reconciler.state import Policy
@@ -66,6 +67,7 @@ class Settings(NamedTuple):
         agent_command: what keepers run; empty for ``pi --mode rpc``.
         resync: seconds between two full looks.
         policy: the times that decisions depend on.
+        restart: how fast, and how often, sessions are started again.
         ladder: how processes are ended.
         write: how lines are delivered.
         log: how the program's own log is written.
@@ -79,6 +81,7 @@ class Settings(NamedTuple):
     agent_command: tuple[str, ...] = ()
     resync: float = 60.0
     policy: Policy | None = None
+    restart: RestartLimits | None = None
     ladder: Ladder | None = None
     write: WritePolicy | None = None
     log: LogSettings | None = None

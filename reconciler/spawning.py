@@ -44,6 +44,7 @@ from reconciler.layout import (
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM, Target
 from reconciler.removal import remove, remove_logs
+from reconciler.restarts import RestartPolicy
 from reconciler.state import (
     AgentState,
     Desired,
@@ -74,6 +75,12 @@ _DETACH = (
 )
 _INSIDE = frozenset({SESSION_MARKER, FOLDER_MARKER, "PI_DASHBOARD_SPAWNED"})
 _TOKEN = "PI_DASHBOARD_SPAWN_TOKEN"  # noqa: S105 - the name of a variable
+_OF_THE_SERVICE = frozenset(
+    {
+        *("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "MAINPID", "MANAGERPID"),
+        *("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "INVOCATION_ID", "JOURNAL_STREAM"),
+    }
+)
 _MARK = "PI_KEEPER_LAUNCH"
 _ERRORS: Mapping[str, type[ReconcilerError]] = {
     "already_running": AlreadyRunningError,
@@ -93,6 +100,7 @@ class KeeperRequest:
         agent_command: program and arguments; empty for ``pi --mode rpc``.
         capture: the agent's output goes to the keeper log, else nowhere.
         keeper_command: runtime and keeper file, without the session id.
+        restart: when the session is started again after its end.
         ready: wait until the agent has lived 300 ms, not only until the keeper listens.
         timeout: seconds until a keeper that neither comes up nor fails is ended.
     """
@@ -103,6 +111,7 @@ class KeeperRequest:
     agent_command: Sequence[str] = field(default=(), repr=False)  # the same
     capture: bool = False
     keeper_command: Sequence[str] = OUR_KEEPER
+    restart: RestartPolicy = "never"
     ready: bool = True
     timeout: float = 10.0
 
@@ -128,6 +137,16 @@ def default_environment() -> dict[str, str]:
     """
     inside = not _INSIDE.isdisjoint(os.environ)
     return {key: value for key, value in os.environ.items() if not (inside and key == _TOKEN)}
+
+
+def environment_to_restart() -> dict[str, str]:
+    """This process's environment, as a session that it starts again should get it.
+
+    Of the session's own nothing was kept. What a service manager has told this process is not
+    passed on: who had it could speak to that manager in this process's name.
+    """
+    environment = default_environment()
+    return {key: value for key, value in environment.items() if key not in _OF_THE_SERVICE}
 
 
 def check(request: KeeperRequest, folder: Path) -> None:

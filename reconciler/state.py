@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from reconciler.layout import Role
+from reconciler.restarts import RestartLimits, RestartRecord, Step, next_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class EntryKind(enum.Enum):
     BROKEN = "broken"
     HOSTILE = "hostile"
     UNKNOWN = "unknown"
+    NOTE = "note"
+    """A launch note."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,10 @@ class Observation:
     """What it has started, as far as a scan has looked for it."""
     leave: bool = False
     """The user wishes that what it has started is left alone."""
+    note: Entry = Entry(EntryKind.ABSENT, 0.0)
+    """Its launch note, looked for while its keeper lives and once it is over."""
+    record: RestartRecord | None = None
+    """What that says of restarts, if it can be read; how it ended is known once it is over."""
 
     @property
     def entries(self) -> tuple[tuple[Role, Entry], ...]:
@@ -175,11 +182,11 @@ class Observation:
     @property
     def empty(self) -> bool:
         """Nothing of the session is there."""
-        return self.over and not self.leftovers
+        return self.over and not self.leftovers and not self.note.present
 
     @property
     def over(self) -> bool:
-        """Neither a file nor a keeper nor an agent is there, and that is known."""
+        """Neither a claim nor a keeper nor an agent is there, and that is known."""
         return (
             not any(entry.present for _, entry in self.entries)
             and self.keeper.process is None
@@ -225,6 +232,8 @@ class Verdict(enum.Enum):
     REFUSED = "refused"
     UNVERIFIABLE = "unverifiable"
     LEFTOVERS = "leftovers"
+    RESTARTING = "restarting"
+    GIVEN_UP = "given_up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,10 +284,33 @@ class Adopt:
     replaced: FileId | None
 
 
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Start a session again, if its launch note still is what was judged."""
+
+    note: FileId
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Note down that a session is started no more."""
+
+    note: FileId
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Remove the launch note of a session that is over for good."""
+
+    note: FileId
+
+
 Stop = StopKeeper | StopAgent | StopLeftovers
 """What takes time: a process is given a chance to end by itself."""
 
-Action = Remove | Stop | Rebind | Adopt
+Instant = Remove | Rebind | Adopt | GiveUp | Forget
+
+Action = Instant | Stop | Restart
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,13 +354,19 @@ class Policy:
     """What is done about what a session has left behind. A `stop` always ends it."""
 
 
-def decide(seen: Observation, desired: Desired, policy: Policy) -> Plan:
+_LIMITS = RestartLimits()
+
+
+def decide(
+    seen: Observation, desired: Desired, policy: Policy, limits: RestartLimits = _LIMITS
+) -> Plan:
     """Judge one session. Pure; one row of the decision table a ``return``.
 
     Args:
         seen: the newest look.
         desired: what is wanted of the session.
         policy: the times to go by.
+        limits: how fast, and how often, sessions that have a restart policy are started again.
     """
     if hostile := _details(seen, EntryKind.HOSTILE):
         return Plan(Verdict.REFUSED, hostile)
@@ -340,7 +378,7 @@ def decide(seen: Observation, desired: Desired, policy: Policy) -> Plan:
         case KeeperState.UNVERIFIABLE:
             return Plan(Verdict.UNVERIFIABLE, seen.keeper.evidence)
         case KeeperState.NONE | KeeperState.RECYCLED:
-            return _decide_dead(seen, desired, policy)
+            return _decide_dead(seen, desired, policy, limits)
 
 
 def _details(seen: Observation, kind: EntryKind) -> str:
@@ -438,14 +476,12 @@ def _decide_unnamed(seen: Observation, keeper: ProcessId, policy: Policy) -> Pla
     return Plan(Verdict.ADOPT, reason, (Adopt(keeper, seen.pid_file.file),))
 
 
-def _decide_dead(seen: Observation, desired: Desired, policy: Policy) -> Plan:
+def _decide_dead(
+    seen: Observation, desired: Desired, policy: Policy, limits: RestartLimits
+) -> Plan:
     """The rows in which no keeper is proven to live."""
-    if seen.over and seen.leftovers:
-        return _decide_leftovers(seen, policy)
-    if seen.empty:
-        if desired is Desired.PRESENT:
-            return Plan(Verdict.MISSING, "wanted, and nothing is there")
-        return _NOTHING
+    if seen.over:
+        return _decide_over(seen, desired, policy, limits)
     if seen.listening is Listening.ANSWERED:
         return Plan(Verdict.UNVERIFIABLE, "the socket answers, by whom cannot be told")
     if seen.socket.present and seen.listening is not Listening.REFUSED:
@@ -461,6 +497,46 @@ def _decide_dead(seen: Observation, desired: Desired, policy: Policy) -> Plan:
         return Plan(Verdict.UNVERIFIABLE, f"keeper dead, {seen.agent.evidence}")
     entries = tuple((role, entry.file) for role, entry in seen.entries if entry.file)
     return Plan(Verdict.STALE, _why_stale(seen), (Remove(entries),))
+
+
+def _decide_over(
+    seen: Observation, desired: Desired, policy: Policy, limits: RestartLimits
+) -> Plan:
+    """Neither files nor processes claim the session any more."""
+    if seen.note.present and seen.record is None:
+        unreadable = seen.note.kind is EntryKind.UNKNOWN
+        verdict = Verdict.UNVERIFIABLE if unreadable else Verdict.REFUSED
+        return Plan(verdict, f"{Role.LAUNCH.value}: {seen.note.detail}")
+    to_stop = seen.leftovers and policy.leftovers == "stop" and not seen.leave
+    if seen.record and seen.note.file and desired is not Desired.ABSENT and not to_stop:
+        return _decide_restart(seen, seen.record, seen.note.file, limits)
+    if seen.leftovers:
+        return _decide_leftovers(seen, policy)
+    if desired is Desired.PRESENT:
+        return Plan(Verdict.MISSING, "wanted, and nothing is there")
+    return _NOTHING
+
+
+def _decide_restart(
+    seen: Observation, record: RestartRecord, note: FileId, limits: RestartLimits
+) -> Plan:
+    """The session is over, and its launch note asks for a judgement."""
+    if seen.remote and not record.this_boot:
+        return Plan(Verdict.UNVERIFIABLE, "network filesystem: another host may have started it")
+    step, reason, wait = next_step(record, seen.now - seen.note.since, seen.now, limits)
+    match step:
+        case Step.RESTART:
+            return Plan(Verdict.RESTARTING, reason, (Restart(note),))
+        case Step.WAIT:
+            return Plan(Verdict.RESTARTING, reason, again_after=wait)
+        case Step.GIVE_UP:
+            return Plan(Verdict.GIVEN_UP, reason, (GiveUp(note),))
+        case Step.REST:
+            return Plan(Verdict.GIVEN_UP, reason)
+        case Step.LINGER:
+            return Plan(Verdict.STOPPING, reason, again_after=wait)
+        case Step.FORGET:
+            return Plan(Verdict.STOPPING, reason, (Forget(note),))
 
 
 def _decide_leftovers(seen: Observation, policy: Policy) -> Plan:
@@ -631,4 +707,6 @@ def _judgement(session: Session) -> tuple[object, ...]:
 
 def _face(session: Session) -> tuple[object, ...]:
     """What a reader of the table can tell two rows apart by."""
-    return (*_judgement(session), session.keeper_pid, session.agent_pid)
+    record = session.seen.record if session.seen else None
+    kept = (record.policy, record.restarts) if record else ()
+    return (*_judgement(session), session.keeper_pid, session.agent_pid, kept)

@@ -32,7 +32,7 @@ from watchdog.events import (
 )
 from watchdog.observers.api import BaseObserver, EventEmitter, EventQueue, ObservedWatch
 
-from reconciler.layout import claims
+from reconciler.layout import concerns
 
 LOOK_AT_ALL: Final = "*"
 """The hint to look at every session; no session id can be this."""
@@ -116,7 +116,7 @@ class _Handler(FileSystemEventHandler):
             self._hint(LOOK_AT_ALL)
             return
         for path in (event.src_path, event.dest_path):
-            if path and (sid := claims(os.path.basename(os.fsdecode(path)))):
+            if path and (sid := concerns(os.path.basename(os.fsdecode(path)))):
                 self._hint(sid)
 
 
@@ -216,7 +216,7 @@ if sys.platform == "linux":
 
         def entry(self, name: bytes) -> None:
             """Something has happened to an entry of the sessions folder."""
-            if sid := claims(os.fsdecode(name)):
+            if sid := concerns(os.fsdecode(name)):
                 self.named.add(sid)
 
         def read(self) -> frozenset[str]:

@@ -472,7 +472,7 @@ def test_ls_gives_a_list_of_objects(cli: Cli) -> None:
     stale_pair(cli.folder, "old")
     ready, stale = cli("ls", "--json").json
     keys = ["sid", "phase", "keeper_pid", "agent_pid", "age_s", "socket", "reason", "leftovers"]
-    assert list(ready) == keys
+    assert list(ready) == [*keys, "restart", "restarts"]
     assert (ready["sid"], ready["phase"], ready["keeper_pid"]) == ("demo", "ready", pid)
     assert alive(ready["agent_pid"])
     assert ready["socket"] == str(cli.folder / "demo.rpc.sock")
@@ -485,6 +485,8 @@ def test_ls_gives_a_list_of_objects(cli: Cli) -> None:
         "leftovers": [],
         "socket": "",
         "reason": "keeper dead",
+        "restart": "never",
+        "restarts": 0,
     }
 
 

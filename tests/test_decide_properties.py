@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconciler.layout import CLAIM, Role
+from reconciler.restarts import Ending, RestartLimits, RestartRecord
 from reconciler.state import (
     Action,
     Adopt,
@@ -27,6 +28,8 @@ from reconciler.state import (
     Entry,
     EntryKind,
     FileId,
+    Forget,
+    GiveUp,
     Keeper,
     KeeperState,
     Leftover,
@@ -37,12 +40,13 @@ from reconciler.state import (
     ProcessId,
     Rebind,
     Remove,
+    Restart,
     StopAgent,
     StopKeeper,
     StopLeftovers,
     Verdict,
-    decide,
 )
+from reconciler.state import decide as decide_within
 
 CAMPAIGN = bool(os.environ.get("PI_RECONCILER_CAMPAIGN"))
 EXAMPLES = int(os.environ.get("PI_RECONCILER_EXAMPLES", "50000" if CAMPAIGN else "200"))
@@ -54,8 +58,16 @@ values, so that each pair of values is met all the same."""
 NOW = 1024.0
 OLD = 64.0
 """An age, in seconds, beyond every time of the policy."""
+LIMITS = RestartLimits(first=1, cap=4, window=32, most=4, farewell=10)
 POLICY = Policy(settle=2, start_grace=5, orphan_grace=0.5, lost_grace=30, rebind_grace=1)
 EIGHTH = 0.125
+
+
+def decide(
+    seen: Observation, desired: Desired, policy: Policy, limits: RestartLimits = LIMITS
+) -> Plan:
+    return decide_within(seen, desired, policy, limits)
+
 
 KEEPER = ProcessId(100, 1, "boot")
 AGENT = ProcessId(101, 2, "boot")
@@ -78,8 +90,8 @@ LEFTOVERS = ((), (Leftover(STRANGER, "sleep"),), (Leftover(STRANGER, "a"), Lefto
 
 # What a look can give.
 
-values = [getattr(POLICY, each.name) for each in fields(Policy)]
-times = sorted({0.0, OLD, *(value for value in values if not isinstance(value, str))})
+values = [getattr(room, each.name) for room in (POLICY, LIMITS) for each in fields(room)]
+times = sorted({0.0, OLD, *(value for value in values if isinstance(value, float | int))})
 ages = st.sampled_from(
     [age for time in times for age in (time - EIGHTH, time, time + EIGHTH) if age >= 0]
 )
@@ -122,9 +134,50 @@ agents = st.builds(
 )
 
 
+notes = st.builds(Entry, st.just(E.NOTE), moments, files)
+records = st.builds(
+    RestartRecord,
+    st.sampled_from(["on-failure", "always"]),
+    st.booleans(),
+    st.lists(moments, max_size=5).map(lambda each: tuple(sorted(each))),
+    st.booleans(),
+    st.sampled_from(Ending),
+)
+
+
+@st.composite
+def kept(draw: st.DrawFn) -> Observation:
+    """A session that is over, and has a launch note or what stands under its name."""
+    good = draw(st.sampled_from([True] * 9 + [False]))
+    return replace(
+        OVER,
+        note=draw(notes if good else unclear),
+        record=draw(records) if good else None,
+        leftovers=draw(st.sampled_from(LEFTOVERS)),
+        leave=draw(st.booleans()),
+        remote=draw(st.booleans()),
+    )
+
+
+GONE = Entry(E.ABSENT, NOW - OLD)
+OVER = Observation(
+    sid="s1",
+    now=NOW,
+    pid_file=GONE,
+    socket=GONE,
+    agent_file=GONE,
+    keeper=Keeper(K.NONE),
+    listening=Listening.NOT_ASKED,
+    listener=None,
+    agent=Agent(A.GONE, NOW - OLD),
+)
+
+
 @st.composite
 def observations(draw: st.DrawFn) -> Observation:
     """Whatever a look can give, and some that it cannot."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(kept())
     keeper = draw(st.one_of(keepers_proven, keepers_proven, st.just(Keeper(K.NONE)), claims))
     pid_file = draw(pid_files if keeper.state in {K.NONE, K.PROVEN} else named)
     if keeper.process is not None and pid_file.kind is E.PID and draw(st.booleans()):
@@ -163,6 +216,8 @@ def with_entry(seen: Observation, role: Role, entry: Entry) -> Observation:
             return replace(seen, socket=entry, listening=Listening.NOT_ASKED, listener=None)
         case Role.PID_FILE:
             return replace(seen, pid_file=entry)
+        case Role.LAUNCH:
+            return replace(seen, note=entry, record=None)
         case _:
             return replace(seen, agent_file=entry)
 
@@ -235,28 +290,39 @@ def every_observation() -> Iterator[Observation]:
 
 def what_is_left_over() -> Iterator[Observation]:
     """Each state of an agent, beside what its session has started, when all else is gone."""
-    absent = Entry(E.ABSENT, NOW - OLD)
     for state, leave, leftovers in itertools.product(A, (False, True), LEFTOVERS):
-        yield Observation(
-            sid="s1",
-            now=NOW,
-            pid_file=absent,
-            socket=absent,
-            agent_file=absent,
-            keeper=Keeper(K.NONE),
-            listening=Listening.NOT_ASKED,
-            listener=None,
-            agent=Agent(state, NOW - OLD),
-            leftovers=leftovers,
-            leave=leave,
+        agent = Agent(state, NOW - OLD)
+        yield replace(OVER, agent=agent, leftovers=leftovers, leave=leave)
+
+
+def what_is_kept() -> Iterator[Observation]:
+    """Each policy and ending, before and after each pause, few and many restarts ago."""
+    file = FileId(8, 4, WRITTEN, 100)
+    for age, remote in itertools.product((0.0, 1.0, 4.0, 10.0, OLD), (False, True)):
+        for kind in (E.HOSTILE, E.UNKNOWN):
+            yield replace(OVER, note=Entry(kind, NOW - age, detail="why"), remote=remote)
+        ended = NOW - age
+        restarts = (
+            (),
+            (ended - 1,),
+            (ended - LIMITS.window, ended - 1),
+            (ended - LIMITS.window,) * 4,
+            (ended - 3, ended - 2, ended - 1, ended),
         )
+        for policy, boot, tries, given_up, ending, leftovers in itertools.product(
+            ("on-failure", "always"), (True, False), restarts, (False, True), Ending, LEFTOVERS[:2]
+        ):
+            record = RestartRecord(policy, boot, tries, given_up, ending)
+            note = Entry(E.NOTE, ended, file)
+            yield replace(OVER, note=note, record=record, remote=remote, leftovers=leftovers)
 
 
 @functools.cache
 def worlds() -> tuple[tuple[Desired, Observation], ...]:
     every = ((desired, seen) for seen in every_observation() for desired in Desired)
     left = ((desired, seen) for seen in what_is_left_over() for desired in Desired)
-    return (*itertools.islice(every, 0, None, STEP), *left)
+    again = ((desired, seen) for seen in what_is_kept() for desired in Desired)
+    return (*itertools.islice(every, 0, None, STEP), *left, *again)
 
 
 # What each action needs to be seen. Every line is a rule of "What always holds".
@@ -274,7 +340,8 @@ def check_plan(seen: Observation, desired: Desired, plan: Plan) -> None:
     assert len({type(action) for action in plan.actions}) <= 1, "one step only"
     assert len(set(plan.actions)) == len(plan.actions)
     if plan.again_after is not None:
-        assert 0 < plan.again_after <= max(POLICY.start_grace, POLICY.lost_grace)
+        longest = max(POLICY.start_grace, POLICY.lost_grace, LIMITS.cap, LIMITS.farewell)
+        assert 0 < plan.again_after <= longest
     elif not plan.actions:
         check_rest(seen, desired, plan)
 
@@ -312,6 +379,31 @@ def check_action(seen: Observation, desired: Desired, action: Action) -> None:
             assert seen.pid_file.pid != action.process.pid
             assert action.replaced == seen.pid_file.file
             check_settled(seen, seen.pid_file, seen.socket)
+        case Restart() | GiveUp() | Forget():
+            check_note(seen, desired, action)
+
+
+def check_note(seen: Observation, desired: Desired, action: Restart | GiveUp | Forget) -> None:
+    record, over = seen.record, seen.now - seen.note.since
+    assert seen.over, "nothing is left of it that lives or claims to"
+    assert desired is not Desired.ABSENT
+    assert record is not None
+    assert action.note == seen.note.file
+    assert record.this_boot or not seen.remote, "it may be another host's"
+    assert not record.given_up
+    asked = record.ending is Ending.ASKED and record.this_boot
+    by_itself = record.ending is Ending.UNKNOWN and record.this_boot
+    well = record.policy == "on-failure" and (record.ending is Ending.FINISHED or by_itself)
+    if isinstance(action, Forget):
+        assert well or (asked and over >= LIMITS.farewell)
+        return
+    assert not asked, "who asks it to end wins"
+    assert not well
+    lately = [each for each in record.restarts if 0 <= seen.note.since - each < LIMITS.window]
+    too_often = len(lately) >= LIMITS.most
+    assert too_often == isinstance(action, GiveUp)
+    if isinstance(action, Restart):
+        assert over >= min(LIMITS.first * 2 ** len(lately), LIMITS.cap)
 
 
 def check_nobody_answers(seen: Observation) -> None:
@@ -373,6 +465,7 @@ def check_rest(seen: Observation, desired: Desired, plan: Plan) -> None:
             assert seen.agent.state in {A.GONE, A.NEVER_SEEN}, "not known is not gone"
             assert not seen.leftovers
             assert (plan.verdict is V.MISSING) == (desired is Desired.PRESENT)
+            assert desired is Desired.ABSENT or not seen.note.present
         case V.READY:
             assert seen.keeper.state is K.PROVEN
             assert seen.keeper.process is not None
@@ -388,12 +481,19 @@ def check_rest(seen: Observation, desired: Desired, plan: Plan) -> None:
         case V.LEFTOVERS:
             assert seen.over
             assert seen.leftovers
+        case V.GIVEN_UP:
+            assert seen.record is not None
+            assert seen.record.given_up
         case V.REFUSED:
-            assert any(entry.kind is E.HOSTILE for _, entry in seen.entries)
+            assert any(entry.kind is E.HOSTILE for _, entry in entries_of(seen))
         case V.UNVERIFIABLE:
             assert doubt(seen), "nothing is doubtful here"
         case _:
             pytest.fail(f"{plan.verdict} ends nowhere")
+
+
+def entries_of(seen: Observation) -> tuple[tuple[Role, Entry], ...]:
+    return (*seen.entries, (Role.LAUNCH, seen.note))
 
 
 def doubt(seen: Observation) -> bool:
@@ -401,7 +501,8 @@ def doubt(seen: Observation) -> bool:
     living = seen.keeper.state is K.PROVEN
     unnamed = seen.socket.present and seen.listener is None
     return (
-        any(entry.kind is E.UNKNOWN for _, entry in seen.entries)
+        any(entry.kind is E.UNKNOWN for _, entry in entries_of(seen))
+        or (seen.remote and seen.record is not None and not seen.record.this_boot)
         or seen.keeper.state is K.UNVERIFIABLE
         or (living and unnamed)
         or (living and seen.listener not in {None, seen.keeper.process})
@@ -440,6 +541,9 @@ def moved(seen: Observation, by: float) -> Observation:
         socket=later(seen.socket),
         agent_file=later(seen.agent_file),
         agent=replace(seen.agent, since=seen.agent.since + by),
+        note=later(seen.note),
+        record=seen.record
+        and replace(seen.record, restarts=tuple(each + by for each in seen.record.restarts)),
     )
 
 
@@ -456,6 +560,7 @@ def a_wall_clock_that_was_set_does_not_matter(seen: Observation, desired: Desire
             pid_file=dated(seen.pid_file, by),
             socket=dated(seen.socket, by),
             agent_file=dated(seen.agent_file, by),
+            note=dated(seen.note, by),
         )
         plan, twin = decide(seen, desired, POLICY), decide(other, desired, POLICY)
         assert replace(twin, actions=()) == replace(plan, actions=())
@@ -463,10 +568,7 @@ def a_wall_clock_that_was_set_does_not_matter(seen: Observation, desired: Desire
 
 
 def kinds_and_processes(plan: Plan) -> list[tuple[type[Action], ProcessId | None]]:
-    return [
-        (type(action), None if isinstance(action, Remove | StopLeftovers) else action.process)
-        for action in plan.actions
-    ]
+    return [(type(action), getattr(action, "process", None)) for action in plan.actions]
 
 
 def the_order_of_rivals_does_not_matter(seen: Observation, desired: Desired) -> None:
@@ -509,10 +611,11 @@ def doubt_takes_actions_away_and_brings_none(seen: Observation, desired: Desired
 
 def doubts(seen: Observation) -> Iterator[Observation]:
     """The same world, of which a little less is known."""
-    for role, entry in seen.entries:
+    for role, entry in entries_of(seen) if seen.note.present else seen.entries:
         yield with_entry(seen, role, Entry(E.UNKNOWN, seen.now, detail="cannot read it"))
         just_come = with_entry(seen, role, replace(entry, since=seen.now))
-        yield replace(just_come, listening=seen.listening, listener=seen.listener)
+        known = {"listening": seen.listening, "listener": seen.listener, "record": seen.record}
+        yield replace(just_come, **known)  # type: ignore[arg-type]
     yield replace(seen, keeper=replace(seen.keeper, state=K.UNVERIFIABLE))
     yield replace(seen, keeper=replace(seen.keeper, age=0.0))
     yield replace(seen, agent=replace(seen.agent, proven=False))
@@ -538,7 +641,9 @@ def a_session_that_is_not_wanted_needs_the_same_proofs(seen: Observation, _: Des
     if seen.keeper.state is K.PROVEN:
         assert all(isinstance(action, StopKeeper | Rebind) for action in unwanted.actions)
     else:
-        assert unwanted == found
+        without_wish = replace(seen, note=GONE, record=None) if seen.record else seen
+        assert unwanted == decide(without_wish, Desired.AS_FOUND, POLICY)
+        assert seen.record or unwanted == found
 
 
 def a_wish_for_a_session_brings_no_action(seen: Observation, _: Desired) -> None:
@@ -584,11 +689,12 @@ def what_is_only_waited_for_ends(seen: Observation, desired: Desired) -> None:
 def patience_changes_when_and_not_what(seen: Observation, desired: Desired) -> None:
     """A policy without patience does at once what the other one does in the end."""
     patient = decide(passed(seen, OLD), desired, POLICY)
-    hasty = decide(seen, desired, HASTY)
+    hasty = decide(seen, desired, HASTY, AT_ONCE)
     assert (hasty.verdict, hasty.actions) == (patient.verdict, patient.actions)
 
 
 HASTY = Policy(settle=0, start_grace=0, orphan_grace=0, lost_grace=0)
+AT_ONCE = replace(LIMITS, first=0, cap=0, farewell=0)
 
 
 def passed(seen: Observation, seconds: float) -> Observation:
@@ -648,11 +754,14 @@ def test_what_always_holds_in_every_world(law: Law) -> None:
 @pytest.mark.parametrize(
     ("desired", "never"),
     [
-        (Desired.AS_FOUND, {V.REFUSED, V.STOPPING, V.MISSING}),
-        (Desired.PRESENT, {V.REFUSED, V.STOPPING, V.ABSENT}),
+        (Desired.AS_FOUND, {V.MISSING}),
+        (Desired.PRESENT, {V.ABSENT}),
         (
             Desired.ABSENT,
-            {V.REFUSED, V.READY, V.MISSING, V.ORPHAN, V.LOST, V.ADOPT, V.UNREACHABLE},
+            {
+                *(V.READY, V.MISSING, V.ORPHAN, V.LOST, V.ADOPT, V.UNREACHABLE),
+                *(V.RESTARTING, V.GIVEN_UP),
+            },
         ),
     ],
 )

@@ -17,6 +17,7 @@ from reconciler.budget import LogBudget
 from reconciler.ladder import Ladder
 from reconciler.logs import LogSettings
 from reconciler.ranges import Range
+from reconciler.restarts import RestartLimits
 from reconciler.rpc_writer import WritePolicy
 from reconciler.schema import KEYS, TABLES
 from reconciler.settings import (
@@ -81,6 +82,8 @@ def test_what_a_file_says_reaches_the_rooms() -> None:
         resync = 5
         [policy]
         settle = 0.5
+        [restart]
+        most = 3
         [ladder]
         term_grace = 1
         [write]
@@ -100,6 +103,7 @@ def test_what_a_file_says_reaches_the_rooms() -> None:
         agent_command=("pi", "--offline"),
         resync=5.0,
         policy=Policy(settle=0.5),
+        restart=RestartLimits(most=3),
         ladder=Ladder(term_grace=1.0),
         write=WritePolicy(attempts=1, backoff=()),
         log=LogSettings(level="debug", form="console"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from reconciler.layout import Role
+from reconciler.restarts import Ending, RestartLimits, RestartPolicy, RestartRecord
 from reconciler.state import (
     Action,
     Adopt,
@@ -14,6 +15,8 @@ from reconciler.state import (
     Entry,
     EntryKind,
     FileId,
+    Forget,
+    GiveUp,
     Keeper,
     KeeperState,
     Leftover,
@@ -24,6 +27,7 @@ from reconciler.state import (
     ProcessId,
     Rebind,
     Remove,
+    Restart,
     Session,
     SessionTable,
     StopAgent,
@@ -156,6 +160,30 @@ def nothing(*, keeper: Keeper = NONE, agent: Agent = NEVER) -> Observation:
 def over(*, leave: bool = False) -> Observation:
     """A session of which only what it had started is there."""
     return replace(nothing(), leftovers=LEFT, leave=leave)
+
+
+NOTE_FILE = FileId(8, 4, WRITTEN, 200)
+AGAIN, GIVE_UP, FORGET = Restart(NOTE_FILE), GiveUp(NOTE_FILE), Forget(NOTE_FILE)
+
+
+def kept(
+    ending: Ending,
+    policy: RestartPolicy = "always",
+    *,
+    after: float = OLD,
+    tries: tuple[float, ...] = (),
+    this_boot: bool = True,
+    given_up: bool = False,
+) -> Observation:
+    """A session with a restart policy that has been over for some seconds.
+
+    ``tries`` are its restarts, in seconds before it was over.
+    """
+    ended = NOW - after
+    restarts = tuple(ended - before for before in tries)
+    note = Entry(EntryKind.NOTE, ended, NOTE_FILE)
+    record = RestartRecord(policy, this_boot, restarts, given_up, ending)
+    return replace(nothing(), note=note, record=record)
 
 
 def fileless(*, keeper: Keeper, agent: Agent = ALIVE) -> Observation:
@@ -351,6 +379,58 @@ TABLE: tuple[Row, ...] = (
     ("another host", left(remote=True), V.UNVERIFIABLE, (), None),
     ("another host, bare socket", left(pid_file=ABSENT, agent_file=ABSENT, remote=True),
      V.UNVERIFIABLE, (), None),
+    # restarting: it is over, and its policy asks for another one
+    ("restart, killed", kept(Ending.KILLED), V.RESTARTING, (AGAIN,), None),
+    ("restart, failed", kept(Ending.FAILED), V.RESTARTING, (AGAIN,), None),
+    ("restart, finished", kept(Ending.FINISHED), V.RESTARTING, (AGAIN,), None),
+    ("restart, ended by itself, how is not known", kept(Ending.UNKNOWN), V.RESTARTING, (AGAIN,),
+     None),
+    ("restart on failure, killed", kept(Ending.KILLED, "on-failure"), V.RESTARTING, (AGAIN,), None),
+    ("restart on failure, failed", kept(Ending.FAILED, "on-failure"), V.RESTARTING, (AGAIN,), None),
+    ("restart, not before its time", kept(Ending.KILLED, after=0.25), V.RESTARTING, (), 0.75),
+    ("restart, its time has come", kept(Ending.KILLED, after=1.0), V.RESTARTING, (AGAIN,), None),
+    ("restart, the second waits twice as long", kept(Ending.KILLED, after=1.0, tries=(5,)),
+     V.RESTARTING, (), 1.0),
+    ("restart, the fourth", kept(Ending.KILLED, after=1.0, tries=(50, 30, 10)),
+     V.RESTARTING, (), 7.0),
+    ("restart, no longer than the cap", kept(Ending.KILLED, after=1.0, tries=tuple(range(9))),
+     V.RESTARTING, (), 59.0),
+    ("restart, what is long ago does not count", kept(Ending.KILLED, after=1.0, tries=(600, 900)),
+     V.RESTARTING, (AGAIN,), None),
+    ("restart, the machine was started anew", kept(Ending.KILLED, this_boot=False),
+     V.RESTARTING, (AGAIN,), None),
+    ("restart, asked to end as the machine went down", kept(Ending.ASKED, this_boot=False),
+     V.RESTARTING, (AGAIN,), None),
+    ("restart on failure, the same", kept(Ending.ASKED, "on-failure", this_boot=False),
+     V.RESTARTING, (AGAIN,), None),
+    # given up
+    ("give up", kept(Ending.FAILED, tries=tuple(range(10))), V.GIVEN_UP, (GIVE_UP,), None),
+    ("give up, at once", kept(Ending.FAILED, after=0.0, tries=tuple(range(10))),
+     V.GIVEN_UP, (GIVE_UP,), None),
+    ("given up", kept(Ending.FAILED, given_up=True), V.GIVEN_UP, (), None),
+    # not again
+    ("asked to end", kept(Ending.ASKED, after=2.0), V.STOPPING, (), 8.0),
+    ("asked to end, and the machine stands", kept(Ending.ASKED), V.STOPPING, (FORGET,), None),
+    ("on failure, asked to end", kept(Ending.ASKED, "on-failure"), V.STOPPING, (FORGET,), None),
+    ("on failure, ended well", kept(Ending.FINISHED, "on-failure", after=0.0),
+     V.STOPPING, (FORGET,), None),
+    ("on failure, ended well in an earlier boot",
+     kept(Ending.FINISHED, "on-failure", this_boot=False), V.STOPPING, (FORGET,), None),
+    ("on failure, ended by itself, how is not known", kept(Ending.UNKNOWN, "on-failure"),
+     V.STOPPING, (FORGET,), None),
+    ("another host's", replace(kept(Ending.KILLED, this_boot=False), remote=True),
+     V.UNVERIFIABLE, (), None),
+    ("this host's, on a network filesystem", replace(kept(Ending.KILLED), remote=True),
+     V.RESTARTING, (AGAIN,), None),
+    ("hostile launch note", replace(nothing(), note=HOSTILE), V.REFUSED, (), None),
+    ("unreadable launch note", replace(nothing(), note=UNREADABLE), V.UNVERIFIABLE, (), None),
+    ("restart, with leftovers", replace(kept(Ending.KILLED), leftovers=LEFT),
+     V.RESTARTING, (AGAIN,), None),
+    # but not while something of it is there
+    ("a launch note beside a living agent", replace(kept(Ending.KILLED), agent=ALIVE),
+     V.ORPHAN_AGENT, (StopAgent(AGENT),), None),
+    ("a launch note beside an agent that may live", replace(kept(Ending.KILLED), agent=MAYBE),
+     V.UNVERIFIABLE, (), None),
     # nothing
     ("nothing", nothing(), V.ABSENT, (), None),
     ("nothing, agent known gone", nothing(agent=GONE), V.ABSENT, (), None),
@@ -391,6 +471,10 @@ WISHED: tuple[tuple[str, Desired, Observation, Verdict, tuple[Action, ...]], ...
     ("wanted, orphan", Desired.PRESENT, healthy(agent=GONE), V.ORPHAN, (StopKeeper(KEEPER),)),
     ("wanted, dead", Desired.PRESENT, left(), V.STALE, (REMOVE_ALL,)),
     ("missing", Desired.PRESENT, nothing(), V.MISSING, ()),
+    ("wanted, and to be restarted", Desired.PRESENT, kept(Ending.KILLED), V.RESTARTING, (AGAIN,)),
+    ("unwanted, and once to be restarted", Desired.ABSENT, kept(Ending.KILLED), V.ABSENT, ()),
+    ("unwanted, hostile launch note", Desired.ABSENT, replace(nothing(), note=HOSTILE),
+     V.REFUSED, ()),
     ("leftovers", FOUND, over(), V.LEFTOVERS, ()),
     ("unwanted, leftovers", Desired.ABSENT, over(), V.LEFTOVERS, ()),
     ("unwanted, leftovers to be left alone", Desired.ABSENT, over(leave=True), V.LEFTOVERS, ()),
@@ -415,6 +499,27 @@ def test_what_is_wanted(
 def test_the_policy_may_end_leftovers(*, leave: bool, actions: tuple[Action, ...]) -> None:
     plan = decide(over(leave=leave), FOUND, Policy(leftovers="stop"))
     assert (plan.verdict, plan.actions) == (Verdict.LEFTOVERS, actions)
+
+
+def test_the_policy_may_end_leftovers_before_a_restart() -> None:
+    seen = replace(kept(Ending.KILLED), leftovers=LEFT)
+    plan = decide(seen, FOUND, Policy(leftovers="stop"))
+    assert (plan.verdict, plan.actions) == (Verdict.LEFTOVERS, (STOP_LEFT,))
+    left_alone = decide(replace(seen, leave=True), FOUND, Policy(leftovers="stop"))
+    assert left_alone.actions == (AGAIN,)
+
+
+def test_the_limits_of_restarts_can_be_chosen() -> None:
+    limits = RestartLimits(first=5, cap=7, window=60, most=2, farewell=3)
+
+    def plan(seen: Observation) -> Plan:
+        return decide(seen, FOUND, POLICY, limits)
+
+    assert plan(kept(Ending.KILLED, after=1)).again_after == 4
+    assert plan(kept(Ending.KILLED, after=1, tries=(9,))).again_after == 6
+    assert plan(kept(Ending.KILLED, tries=(9, 9))).actions == (GIVE_UP,)
+    assert plan(kept(Ending.KILLED, tries=(99, 9))).actions == (AGAIN,)
+    assert plan(kept(Ending.ASKED, after=1)).again_after == 2
 
 
 def test_leftovers_are_watched_and_keep_a_session_from_being_gone() -> None:
@@ -468,7 +573,21 @@ REASONS = {
     },
     V.USURPED: {"a second keeper may be ending", "another keeper owns the socket"},
     V.LOST: {"keeper without a socket", "keeper without any file"},
-    V.STOPPING: {"not wanted any more"},
+    V.STOPPING: {
+        "not wanted any more",
+        "asked to end just now",
+        "asked to end",
+        "ended well",
+        "ended by itself, how is not known",
+    },
+    V.RESTARTING: {
+        "keeper killed",
+        "agent failed",
+        "agent ended",
+        "the machine was started anew",
+        "keeper killed, started again after a pause",
+    },
+    V.GIVEN_UP: {"restarted too often"},
     V.MISSING: {"wanted, and nothing is there"},
     V.ABSENT: {"nothing is there"},
     V.UNVERIFIABLE: {
@@ -477,6 +596,7 @@ REASONS = {
         "two keepers, and neither is known to listen",
         "the socket answers, by whom cannot be told",
         "network filesystem: the keeper may be on another host",
+        "network filesystem: another host may have started it",
     },
 }
 """What each verdict may say; people search their logs for these very words."""
@@ -489,7 +609,8 @@ def test_reasons_are_constant_phrases() -> None:
     for plan in decided:
         if plan.verdict in said:
             said[plan.verdict].add(plan.reason)
-    said[V.UNVERIFIABLE] -= {f"pid_file: {UNREADABLE.detail}", CANNOT_TELL.evidence}
+    said[V.UNVERIFIABLE] -= {f"{what}: {UNREADABLE.detail}" for what in ("pid_file", "launch")}
+    said[V.UNVERIFIABLE] -= {CANNOT_TELL.evidence}
     said[V.UNVERIFIABLE] -= {f"keeper dead, {agent.evidence}" for agent in (UNPROVEN, MAYBE)}
     assert said == REASONS
 

@@ -46,6 +46,14 @@ class WithAgent(click.Command):
 )
 @click.option("--env", "pairs", multiple=True, metavar="K=V", help="Set a variable; may repeat.")
 @click.option("--capture", is_flag=True, help="The agent's output goes to the keeper log.")
+@click.option(
+    "--restart",
+    type=click.Choice(["never", "on-failure", "always"]),
+    default="never",
+    show_default=True,
+    metavar="POLICY",
+    help="Whether `run` starts it again when it has ended: never, on-failure or always.",
+)
 @dry_run_option
 @json_option
 @click.pass_context
@@ -58,6 +66,7 @@ def spawn(
     pairs: tuple[str, ...],
     *,
     capture: bool,
+    restart: Any,  # noqa: ANN401 - one of click's choices
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -67,10 +76,15 @@ def spawn(
     accepts connections and the agent has lived 300 ms; if it does not come to that, the
     reason is told and nothing is left.
 
+    With --restart the agent's command is kept in the sessions folder (mode 0600), the
+    environment is not: a session that is started again has that of `run`, without --env.
+    A `stop` ends the restarts, too.
+
     \b
     A pi session in this folder:      pi-reconciler spawn demo
     With arguments for the agent:     pi-reconciler spawn demo -- pi --mode rpc --offline
     Elsewhere, its output kept:       pi-reconciler spawn demo --cwd ~/work --capture
+    Started again when it fails:      pi-reconciler spawn demo --restart on-failure
     Would it start?                   pi-reconciler spawn demo --dry-run
     """  # noqa: D301 - click wants the real character
     import asyncio
@@ -84,6 +98,7 @@ def spawn(
         "env": {**default_environment(), **_variables(pairs)},
         "agent_command": ctx.meta.get("agent_command") or given.settings.agent_command,
         "capture": capture,
+        "restart": restart,
     }
     if dry_run:
         _rehearse(manager, sid, options, as_json=as_json)

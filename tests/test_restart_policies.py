@@ -1,0 +1,681 @@
+"""Sessions that are started again: each policy, each way of ending, and who stops wins."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import (
+    HUNG,
+    NODE_KEEPER,
+    SINK,
+    Daemon,
+    Told,
+    alive,
+    asynchronous,
+    happens,
+    program_environment,
+    soon,
+    until,
+)
+
+from reconciler import keeper, launches
+from reconciler.controller import Reconciler
+from reconciler.errors import (
+    AlreadyRunningError,
+    FolderError,
+    InvalidRequestError,
+    KeeperStartError,
+    NoSuchSessionError,
+    UnverifiableError,
+)
+from reconciler.facts import boot_id
+from reconciler.folder import Folder
+from reconciler.keeper import KeeperManager, SpawnedKeeper
+from reconciler.launches import Launch
+from reconciler.probe import Probe
+from reconciler.restarts import RestartLimits, RestartPolicy
+from reconciler.spawning import OUR_KEEPER, KeeperRequest, Started
+from reconciler.spawning import start as really_start
+from reconciler.state import FileId, Policy, Session, Verdict
+
+OBEYS = ("sh", "-c", 'read code; exit "$code"')
+"""A stand-in agent that ends with the status that it is told."""
+
+SOON = RestartLimits(first=0.05, cap=0.1, window=300, most=3, farewell=0.2)
+LATER = replace(SOON, first=600, cap=600)
+NODE = ("node", str(NODE_KEEPER))
+V = Verdict
+
+
+def manager_of(
+    folder: Path, limits: RestartLimits = SOON, command: tuple[str, ...] = OUR_KEEPER
+) -> KeeperManager:
+    policy = Policy(settle=0.3, orphan_grace=0.1)
+    return KeeperManager(folder, policy=policy, restart_limits=limits, keeper_command=command)
+
+
+@contextlib.asynccontextmanager
+async def running(
+    manager: KeeperManager, *, dry_run: bool = False
+) -> AsyncIterator[tuple[Reconciler, Told]]:
+    told = Told()
+    async with Reconciler(manager, dry_run=dry_run, logger=told.logger) as reconciler:
+        yield reconciler, told
+
+
+def say(spawned: SpawnedKeeper, text: str) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(spawned.socket)
+        client.sendall(f"{text}\n".encode())
+
+
+def note_of(folder: Path, sid: str = "s") -> Path:
+    return folder / f"keeper-{sid}.launch"
+
+
+def is_in(*phases: Verdict) -> Callable[[Session], bool]:
+    return lambda session: session.plan is not None and session.phase in phases
+
+
+Act = Callable[[SpawnedKeeper, KeeperManager], Awaitable[object]]
+
+
+async def exits_0(spawned: SpawnedKeeper, _: KeeperManager) -> None:
+    say(spawned, "0")
+
+
+async def exits_3(spawned: SpawnedKeeper, _: KeeperManager) -> None:
+    say(spawned, "3")
+
+
+async def keeper_is_killed(spawned: SpawnedKeeper, _: KeeperManager) -> None:
+    os.kill(spawned.keeper_pid, signal.SIGKILL)
+
+
+async def agent_is_killed(spawned: SpawnedKeeper, _: KeeperManager) -> None:
+    os.kill(spawned.agent_pid or 0, signal.SIGKILL)
+
+
+async def keeper_is_asked(spawned: SpawnedKeeper, _: KeeperManager) -> None:
+    os.kill(spawned.keeper_pid, signal.SIGTERM)
+
+
+async def group_is_asked(spawned: SpawnedKeeper, _: KeeperManager) -> None:
+    os.killpg(spawned.keeper_pid, signal.SIGTERM)
+
+
+async def agent_is_asked(spawned: SpawnedKeeper, _: KeeperManager) -> None:
+    os.kill(spawned.agent_pid or 0, signal.SIGTERM)
+
+
+async def is_stopped(spawned: SpawnedKeeper, manager: KeeperManager) -> None:
+    await manager.stop(spawned.sid)
+
+
+AGAIN: dict[str, set[Act]] = {
+    "on-failure": {exits_3, keeper_is_killed, agent_is_killed},
+    "always": {exits_0, exits_3, keeper_is_killed, agent_is_killed},
+    "never": set(),
+}
+ACTS = (
+    *(exits_0, exits_3, keeper_is_killed, agent_is_killed),
+    *(keeper_is_asked, group_is_asked, agent_is_asked, is_stopped),
+)
+
+
+@pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
+@pytest.mark.parametrize("policy", ["on-failure", "always"])
+@asynchronous
+async def test_each_policy_and_each_way_of_ending(
+    folder: Path, policy: RestartPolicy, act: Act
+) -> None:
+    manager = manager_of(folder)
+    async with running(manager) as (reconciler, told):
+        first = await reconciler.manager.spawn("s", agent_command=OBEYS, restart=policy)
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+        await act(first, manager)
+        await soon(reconciler.wait_for("s", lambda row: row.keeper_pid != first.keeper_pid))
+        if act in AGAIN[policy]:
+            row = await soon(reconciler.wait_for("s", is_in(V.READY)))
+            assert row.keeper_pid not in {None, first.keeper_pid}
+            await happens(lambda: told.of("session.restarted", "s"))
+            assert json.loads(note_of(folder).read_text().splitlines()[1])["restarts"] != []
+            return
+        await soon(reconciler.wait_for("s", is_in(V.ABSENT)))
+        assert not note_of(folder).exists()
+        assert told.of("session.restarted") == []
+        stopped = act is is_stopped
+        assert stopped or len(told.of("session.not_restarted", "s")) == 1
+        assert not any(name.startswith("s.rpc") for name in os.listdir(folder))
+
+
+@pytest.mark.parametrize("act", [exits_3, keeper_is_killed], ids=lambda act: act.__name__)
+@asynchronous
+async def test_never_is_the_default_and_leaves_no_note(folder: Path, act: Act) -> None:
+    manager = manager_of(folder)
+    async with running(manager) as (reconciler, told):
+        spawned = await manager.spawn("s", agent_command=OBEYS)
+        assert not note_of(folder).exists()
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+        await act(spawned, manager)
+        await soon(reconciler.wait_for("s", is_in(V.ABSENT)))
+        assert told.of("session.restarted") == []
+
+
+@pytest.mark.parametrize(
+    ("act", "again"),
+    [(exits_0, False), (exits_3, True), (keeper_is_killed, True), (keeper_is_asked, False)],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+@asynchronous
+async def test_a_keeper_of_another_make(folder: Path, act: Act, *, again: bool) -> None:
+    manager = manager_of(folder, command=NODE)
+    async with running(manager_of(folder)) as (reconciler, told):
+        spawned = await manager.spawn("s", agent_command=OBEYS, restart="on-failure")
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+        await act(spawned, manager)
+        await soon(reconciler.wait_for("s", lambda row: row.keeper_pid != spawned.keeper_pid))
+        await soon(reconciler.wait_for("s", is_in(V.READY if again else V.ABSENT)))
+        assert note_of(folder).exists() == again
+        if again:
+            assert (
+                b"keeper.cjs"
+                in Path(f"/proc/{reconciler.sessions['s'].keeper_pid}/cmdline").read_bytes()
+            )
+            assert reconciler.sessions["s"].keeper_pid is not None
+    assert bool(told.of("session.restarted")) == again
+
+
+@asynchronous
+async def test_what_the_new_session_is_given(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command, its folder and capture; of the environment what the reconciler has."""
+    told = tmp_path / "told"
+    agent = ("sh", "-c", f"pwd >> {told}; env >> {told}; echo captured; exec sleep 600")
+    monkeypatch.setenv("FROM_THE_DAEMON", "yes")
+    monkeypatch.setenv("NOTIFY_SOCKET", "/not/yours")
+    env = {"PATH": os.environ["PATH"], "ONLY_THE_FIRST": "a secret"}
+    async with running(manager_of(folder)) as (reconciler, _):
+        spawned = await reconciler.spawn(
+            "s", cwd=tmp_path, env=env, agent_command=agent, capture=True, restart="always"
+        )
+        told.unlink()
+        await keeper_is_killed(spawned, reconciler.manager)
+        await happens(lambda: told.exists() and "FROM_THE_DAEMON=yes" in told.read_text())
+        await happens(lambda: (folder / "keeper-s.log").read_text().count("\ncaptured") == 2)
+    lines = told.read_text().splitlines()
+    assert lines[0] == str(tmp_path)
+    assert not any(line.startswith(("ONLY_THE_FIRST", "NOTIFY_SOCKET")) for line in lines)
+
+
+@asynchronous
+async def test_no_secret_is_kept_and_none_is_told(folder: Path) -> None:
+    manager = manager_of(folder)
+    env = {"PATH": os.environ["PATH"], "API_KEY": "canary-of-env"}
+    agent = ("sh", "-c", ": canary-of-arguments; read code; exit 3")
+    async with running(manager) as (reconciler, told):
+        spawned = await manager.spawn("s", env=env, agent_command=agent, restart="always")
+        note = note_of(folder)
+        assert "canary-of-env" not in note.read_text()
+        assert note.stat().st_mode & 0o777 == 0o600
+        say(spawned, "")
+        await happens(lambda: told.of("session.restarted"))
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+        assert "canary" not in repr(manager.inspect("s"))
+        assert "canary" not in json.dumps(told.lines)
+
+
+# Crash loops.
+
+
+@asynchronous
+async def test_a_crash_loop_is_given_up_and_told_once(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    agent = ("sh", "-c", f"test -e {broken} && exit 3; touch {broken}; read x; exit 3")
+    manager = manager_of(folder)
+    async with running(manager) as (reconciler, told):
+        say(await manager.spawn("s", agent_command=agent, restart="on-failure"), "go")
+        await soon(reconciler.wait_for("s", is_in(V.GIVEN_UP)))
+        await happens(lambda: told.of("session.given_up", "s"))
+        assert len(told.of("session.restarted", "s")) == SOON.most
+    async with running(manager) as (reconciler, told):  # it is known to a later one
+        await soon(reconciler.wait_for("s", is_in(V.GIVEN_UP)))
+        await reconciler.settled()
+        assert told.events("s") == []
+        finding = manager.inspect("s")
+        assert (finding.plan.verdict, finding.seen.empty) == (V.GIVEN_UP, False)
+        broken.unlink()
+        await manager.spawn("s", agent_command=agent, restart="on-failure")  # begins anew
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+        _, tail = note_of(folder).read_text().splitlines()
+        assert (json.loads(tail)["restarts"], json.loads(tail)["given_up"]) == ([], False)
+
+
+@asynchronous
+async def test_a_session_that_was_given_up_can_be_stopped(folder: Path) -> None:
+    manager = manager_of(folder)
+    with Folder(folder) as here:
+        launches.write(here, "s", Launch(policy="always", cwd="/"))
+        with launches.opened(here, "s", to_write=True) as note:
+            note.write(replace(note.record, given_up=True))
+    async with running(manager) as (reconciler, _):
+        await soon(reconciler.wait_for("s", is_in(V.GIVEN_UP)))
+        stopped = await reconciler.stop("s")
+        assert (stopped.keeper_pid, stopped.leftovers) == (None, 0)
+        assert "s" not in reconciler.sessions
+    with pytest.raises(NoSuchSessionError):
+        await manager.stop("s")
+
+
+@pytest.mark.parametrize("node", [False, True], ids=["ours", "other"])
+@asynchronous
+async def test_one_that_cannot_be_started_counts_and_is_given_up(
+    folder: Path, tmp_path: Path, *, node: bool
+) -> None:
+    cwd = tmp_path / "work"
+    cwd.mkdir()
+    manager = manager_of(folder, command=NODE if node else OUR_KEEPER)
+    async with running(manager) as (reconciler, told):
+        spawned = await manager.spawn("s", cwd=cwd, agent_command=HUNG, restart="always")
+        cwd.rmdir()
+        await keeper_is_killed(spawned, manager)
+        await soon(reconciler.wait_for("s", is_in(V.GIVEN_UP)))
+        await happens(lambda: told.of("session.given_up"))
+    failed = told.of("session.restart_failed", "s")
+    assert [each["detail"] for each in failed] == [f"cwd {str(cwd)!r} is not a folder"] * SOON.most
+
+
+@asynchronous
+async def test_a_start_that_we_broke_off_is_no_request_to_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A keeper that did not come up in time is ended by SIGTERM, and says so in its log."""
+    manager = manager_of(folder)
+    spawned = await manager.spawn("s", agent_command=HUNG, restart="always")
+    with Folder(folder) as here:
+        await keeper_is_asked(spawned, manager)
+        await happens(lambda: not alive(spawned.keeper_pid))
+        judged, _ = launches.look(here, "s", 0.0, over=True)
+        assert judged.file is not None
+        monkeypatch.setattr(keeper, "start", slow)
+        with pytest.raises(KeeperStartError):
+            await manager.restart("s", judged.file)
+    found = manager.inspect("s")
+    assert found.plan.verdict is V.RESTARTING
+    assert found.plan.reason.startswith("agent failed")
+    assert found.seen.record is not None
+    assert len(found.seen.record.restarts) == 1
+
+
+async def slow(*_: object) -> object:
+    raise KeeperStartError("the keeper neither came up nor failed")
+
+
+@asynchronous
+async def test_an_attempt_that_cannot_be_noted_down_is_not_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    manager = manager_of(folder)
+    async with running(manager) as (_, told):
+        spawned = await manager.spawn("s", agent_command=HUNG, restart="always")
+        with monkeypatch.context() as patched:
+            patched.setattr(launches.Note, "write", full)
+            await keeper_is_killed(spawned, manager)
+            await happens(lambda: told.of("session.failed", "s"))
+            assert told.of("session.restarted") == []
+        await happens(lambda: told.of("session.restarted", "s"))
+
+
+# Who stops wins.
+
+
+@pytest.mark.parametrize("when", ["before it is started", "after it was started"])
+@asynchronous
+async def test_a_stop_while_it_is_started_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The stop has looked, and found nothing, before the new keeper was to be seen."""
+    manager = manager_of(folder)
+    spawned = await manager.spawn("s", agent_command=SINK, restart="always")
+    pids = []
+
+    async def start(request: KeeperRequest, probe: Probe) -> Started:
+        if when.startswith("before"):
+            await manager.stop("s")
+        started = await really_start(request, probe)
+        pids.append(started.pid)
+        if when.startswith("after"):
+            launches.forget(probe.folder, "s")  # what a stop does first, and then it is killed
+        return started
+
+    monkeypatch.setattr(keeper, "start", start)
+    async with running(manager) as (reconciler, told):
+        await keeper_is_killed(spawned, manager)
+        await happens(lambda: told.of("session.restart_failed", "s"))
+        assert told.of("session.restart_failed")[0]["detail"] == (
+            "session s was stopped while it was started again"
+        )
+        await soon(reconciler.wait_for("s", is_in(V.ABSENT)))
+        assert len(pids) == 1
+        assert not alive(pids[0])
+        assert not any(name.startswith("s.rpc") for name in os.listdir(folder))
+
+
+@pytest.mark.parametrize("through", ["manager", "reconciler", "program"])
+@asynchronous
+async def test_a_stop_while_it_waits_for_its_turn(folder: Path, through: str) -> None:
+    manager = manager_of(folder, LATER)
+    async with running(manager) as (reconciler, _):
+        spawned = await reconciler.spawn("s", agent_command=SINK, restart="always")
+        await keeper_is_killed(spawned, manager)
+        await soon(reconciler.wait_for("s", is_in(V.RESTARTING)))
+        match through:
+            case "manager":
+                assert (await manager.stop("s")).keeper_pid is None
+            case "reconciler":
+                assert (await reconciler.stop("s")).keeper_pid is None
+            case _:
+                await asyncio.to_thread(program, folder, "stop", "s")
+        await soon(reconciler.wait_for("s", lambda row: row.phase in {V.ABSENT, V.MISSING}))
+        assert not note_of(folder).exists()
+
+
+@asynchronous
+async def test_a_stop_in_the_reconciler_while_it_is_started_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = manager_of(folder)
+    spawned = await manager.spawn("s", agent_command=SINK, restart="always")
+    begun, go = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def start(request: KeeperRequest, probe: Probe) -> Started:  # runs in a loop of its own
+        loop.call_soon_threadsafe(begun.set)
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(go.wait(), loop))
+        return await really_start(request, probe)
+
+    monkeypatch.setattr(keeper, "start", start)
+    async with running(manager) as (reconciler, told):
+        await keeper_is_killed(spawned, manager)
+        await asyncio.wait_for(begun.wait(), 20)
+        stop = asyncio.create_task(reconciler.stop("s"))
+        await happens(lambda: not note_of(folder).exists())
+        go.set()
+        await asyncio.wait_for(stop, 20)
+        assert "s" not in reconciler.sessions
+        assert len(told.of("session.restart_failed", "s")) == 1
+        assert await manager.discover() == []
+
+
+@asynchronous
+async def test_a_stop_that_is_killed_right_after_its_first_step(folder: Path) -> None:
+    """The note is gone, the session lives: when it ends it is not started again."""
+    code = (
+        "import asyncio, os, signal, sys\n"
+        "from reconciler import launches\n"
+        "from reconciler.keeper import KeeperManager\n"
+        "real = launches.forget\n"
+        "def forget(*given):\n"
+        "    assert real(*given)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "launches.forget = forget\n"
+        "asyncio.run(KeeperManager(sys.argv[1]).stop('s'))\n"
+    )
+    manager = manager_of(folder)
+    async with running(manager) as (reconciler, told):
+        spawned = await manager.spawn("s", agent_command=SINK, restart="always")
+        env = program_environment(folder)
+        command = (sys.executable, "-c", code, str(folder))
+        ended = await asyncio.to_thread(subprocess.run, command, env=env, check=False)
+        assert ended.returncode == -signal.SIGKILL
+        assert alive(spawned.keeper_pid)
+        await keeper_is_killed(spawned, manager)
+        await soon(reconciler.wait_for("s", is_in(V.ABSENT)))
+        assert told.of("session.restarted") == []
+
+
+@asynchronous
+async def test_a_new_session_of_the_name_ends_the_restarts_of_the_old_one(folder: Path) -> None:
+    manager = manager_of(folder)
+    async with running(manager_of(folder, LATER)) as (reconciler, _):
+        old = await manager.spawn("s", agent_command=SINK, restart="always")
+        await keeper_is_killed(old, manager)
+        await soon(reconciler.wait_for("s", is_in(V.RESTARTING)))
+        await manager.spawn("s", agent_command=SINK)
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+        assert not note_of(folder).exists()
+
+
+@asynchronous
+async def test_a_living_session_keeps_its_policy_when_its_name_is_tried_again(
+    manager: KeeperManager, folder: Path
+) -> None:
+    await manager.spawn("s", agent_command=SINK, restart="always")
+    with pytest.raises(AlreadyRunningError):
+        await manager.spawn("s", agent_command=SINK)
+    assert note_of(folder).exists()
+
+
+@asynchronous
+async def test_a_session_whose_policy_cannot_be_noted_down_is_ended(
+    manager: KeeperManager, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(launches, "write", full)
+    with pytest.raises(FolderError, match=r"note down how session s.*: No space left on device"):
+        await manager.spawn("s", agent_command=SINK, restart="always")
+    assert await manager.discover() == []
+    assert not [name for name in os.listdir(folder) if name.startswith("s.")]
+
+
+@asynchronous
+async def test_a_stop_that_cannot_end_the_restarts_does_nothing(
+    manager: KeeperManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> bool:
+        raise OSError(13, "Permission denied")
+
+    spawned = await manager.spawn("s", agent_command=SINK, restart="always")
+    monkeypatch.setattr(launches, "forget", refused)
+    with pytest.raises(FolderError, match="to end the restarts of session s: Permission denied"):
+        await manager.stop("s")
+    assert alive(spawned.keeper_pid)
+
+
+@asynchronous
+async def test_no_such_policy(manager: KeeperManager, folder: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="'sometimes' is none of never, on-failure"):
+        await manager.spawn("s", agent_command=SINK, restart="sometimes")  # type: ignore[arg-type]
+    assert os.listdir(folder) == []
+
+
+# Hostile notes, dry runs, other boots.
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder", "broken"])
+@asynchronous
+async def test_a_hostile_note_is_told_once_and_holds_nobody_up(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    path = note_of(folder, "evil")
+    target = tmp_path / "target"
+    target.write_text("precious")
+    match kind:
+        case "link":
+            path.symlink_to(target)
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case _:
+            path.write_text('{"launch": 1, "policy": "always"')
+    manager = manager_of(folder)
+    async with running(manager) as (reconciler, told):
+        await soon(reconciler.wait_for("evil", is_in(V.REFUSED)))
+        good = await manager.spawn("good", agent_command=SINK, restart="always")
+        await keeper_is_killed(good, manager)
+        await happens(lambda: told.of("session.restarted", "good"))
+        await reconciler.settled()
+        assert told.events("evil") == ["session.refused"]
+        assert told.of("session.refused")[0]["reason"].startswith("launch: no ")
+        if kind == "broken":  # of ours: a person can clear it away
+            await manager.stop("evil")
+            assert not path.exists()
+        else:
+            with pytest.raises(UnverifiableError):
+                await manager.stop("evil")
+            assert os.path.lexists(path)
+    assert target.read_text() == "precious"
+
+
+@asynchronous
+async def test_a_dry_run_tells_and_starts_nothing(folder: Path) -> None:
+    manager = manager_of(folder)
+    spawned = await manager.spawn("s", agent_command=SINK, restart="always")
+    async with running(manager) as (reconciler, _):
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+    async with running(manager, dry_run=True) as (reconciler, told):
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+        os.kill(spawned.keeper_pid, signal.SIGTERM)  # it removes its files by itself
+        await soon(reconciler.wait_for("s", is_in(V.STOPPING)))
+        before = note_of(folder).read_bytes()
+        await happens(lambda: told.of("session.planned", "s"))
+        assert told.of("session.planned", "s")[-1]["actions"] == ["Forget"]
+        assert note_of(folder).read_bytes() == before
+        with pytest.raises(UnverifiableError, match="dry run"):
+            await reconciler.stop("s")
+        assert note_of(folder).exists()
+
+
+@asynchronous
+async def test_what_was_started_in_an_earlier_boot_is_started_again(folder: Path) -> None:
+    """Asked to end, as all is when a machine goes down; in this boot that would be a stop."""
+    manager = manager_of(folder)
+    spawned = await manager.spawn("s", agent_command=SINK, restart="on-failure")
+    await keeper_is_asked(spawned, manager)
+    await happens(lambda: not alive(spawned.keeper_pid))
+    note = note_of(folder)
+    note.write_text(note.read_text().replace(boot_id(), "another"))
+    async with running(manager) as (reconciler, told):
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+        await happens(lambda: told.of("session.restarted", "s"))
+        assert told.of("session.restarted")[0]["reason"] == "the machine was started anew"
+    assert boot_id() in note.read_text()
+
+
+@asynchronous
+async def test_the_old_agent_is_dead_before_the_new_session_begins(folder: Path) -> None:
+    """Another make's keeper leaves its agent behind."""
+    manager = manager_of(folder, command=NODE)
+    async with running(manager) as (reconciler, told):
+        spawned = await manager.spawn("s", agent_command=HUNG, restart="always")
+        await soon(reconciler.wait_for("s", lambda row: row.agent_pid is not None))
+        await keeper_is_killed(spawned, manager)
+        await happens(lambda: told.of("session.restarted", "s"))
+        assert not alive(spawned.agent_pid or 0)
+        events = told.events("s")
+        assert events.index("agent.stopped") < events.index("session.restarted")
+
+
+@asynchronous
+async def test_many_at_once(folder: Path) -> None:
+    manager = manager_of(folder)
+    sids = [f"s{number}" for number in range(12)]
+    async with running(manager) as (reconciler, told):
+        spawns = (manager.spawn(sid, agent_command=SINK, restart="always") for sid in sids)
+        for spawned in await asyncio.gather(*spawns):
+            await keeper_is_killed(spawned, manager)
+        await happens(lambda: len(told.of("session.restarted")) == len(sids))
+        for sid in sids:
+            await soon(reconciler.wait_for(sid, is_in(V.READY)))
+        assert {each["sid"] for each in told.of("session.restarted")} == set(sids)
+
+
+@asynchronous
+async def test_a_note_that_has_changed_since_is_not_obeyed(
+    manager: KeeperManager, folder: Path
+) -> None:
+    with Folder(folder) as here:
+        launches.write(here, "s", Launch(policy="always", cwd="/", agent_command=SINK))
+    with pytest.raises(NoSuchSessionError, match="another one now"):
+        await manager.restart("s", FileId(1, 2, 3, 4))
+    with pytest.raises(NoSuchSessionError, match="was stopped"):
+        await manager.restart("other", FileId(1, 2, 3, 4))
+    assert await manager.discover() == []
+
+
+# The daemon, and the command line.
+
+
+def program(folder: Path, *arguments: str) -> str:
+    command = (sys.executable, "-m", "reconciler", *arguments, "--sessions-dir", str(folder))
+    ended = subprocess.run(
+        command, env=program_environment(folder), text=True, capture_output=True, check=True
+    )
+    return ended.stdout
+
+
+@pytest.fixture
+def quick(folder: Path, tmp_path: Path) -> Iterator[Daemon]:
+    config = tmp_path / "config.toml"
+    config.write_text("[restart]\nfirst = 0.05\nmost = 3\nfarewell = 0.2\n")
+    running = Daemon(folder, tmp_path / "daemon.log", "--config", str(config))
+    yield running
+    running.process.kill()
+    running.process.wait()
+
+
+def test_the_policy_outlives_the_daemon(folder: Path, quick: Daemon) -> None:
+    program(folder, "spawn", "s", "--restart", "on-failure", "--", *SINK)
+    quick.process.kill()
+    quick.process.wait()
+    os.kill(int((folder / "s.rpc.sock.pid").read_text()), signal.SIGKILL)
+    quick.process = quick._start()
+    until(lambda: quick.of("session.restarted", "s"), "it is started again")
+    (row,) = json.loads(program(folder, "ls", "--json"))
+    assert (row["phase"], row["restart"], row["restarts"]) == ("ready", "on-failure", 1)
+    assert "on-failure (1)" in program(folder, "ls").splitlines()[1]
+    assert "on-failure, restarted 1 time lately" in program(folder, "inspect", "s")
+    assert quick.end() == 0
+    assert alive(row["keeper_pid"]), "it outlives who has started it"
+    program(folder, "stop", "s")
+    assert not note_of(folder).exists()
+
+
+def test_the_example_of_the_docs(folder: Path, quick: Daemon) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "restarts.md").read_text()
+    (block,) = re.findall(r"^```console\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    env = program_environment(folder) | {"PI_RECONCILER_SESSIONS_DIR": str(folder)}
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, _, said = part.partition("\n")
+        command = command.replace("pi-reconciler", f"{sys.executable} -m reconciler")
+        command = command.replace("; sleep 2", "")
+        done = subprocess.run(
+            ["bash", "-c", command], env=env, text=True, capture_output=True, check=True
+        )
+        assert plain(done.stdout) == plain(said), command
+        if command.startswith("kill"):
+            until(lambda: quick.of("session.restarted", "demo"))
+            until(lambda: '"ready"' in program(folder, "ls", "--json"))
+
+
+def plain(text: str) -> str:
+    return re.sub(r" +", " ", re.sub(r"\d{2,}|\d+s", "N", text))
