@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WAIT, until
+from conftest import WAIT, program_environment, until
 
 from reconciler.log_files import to_file
 from reconciler.logs import LogSettings, flush, make_logger, open_log
@@ -272,3 +272,44 @@ def test_a_file_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(tmp_path))
     write(open_log(LogSettings(sink="file", file="~/log"), None), 0)
     assert numbers(tmp_path / "log") == [0]
+
+
+# -- As an operator asks for it -----------------------------------------------------------------
+
+
+def run(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "reconciler", "run", "--once", "--sessions-dir", folder]
+    environment = program_environment(folder) | variables
+    return subprocess.run(
+        [*map(str, command), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+        env=environment,
+    )
+
+
+def test_the_flags_choose_a_file_that_rotates(folder: Path, path: Path) -> None:
+    path.write_text("x" * 500 + "\n")
+    ended = run(folder, "--log-file", path, "--log-rotate-bytes", 500, "--log-rotate-keep", 1)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert [line["event"] for line in told(path)] == ["reconciler.started", "reconciler.stopped"]
+    assert path.with_name(f"{path.name}.1").read_text() == "x" * 500 + "\n"
+
+
+def test_flags_beat_settings_and_a_file_in_them_is_no_sink_yet(folder: Path, path: Path) -> None:
+    ended = run(folder, PI_RECONCILER_LOG_FILE=str(path))
+    assert len(ended.stdout.splitlines()) == 2
+    ended = run(folder, PI_RECONCILER_LOG_FILE=str(path), PI_RECONCILER_LOG_SINK="file")
+    assert (ended.stdout, len(told(path))) == ("", 2)
+    ended = run(folder, "--log-sink", "stdout", PI_RECONCILER_LOG_SINK="journald")
+    assert len(ended.stdout.splitlines()) == 2
+
+
+def test_a_sink_that_cannot_be_had_ends_the_program_with_one_line(folder: Path) -> None:
+    ended = run(folder, "--log-file", folder / "none" / "log")
+    assert (ended.returncode, ended.stdout) == (78, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.endswith(f"No such file or directory: make the folder '{folder / 'none'}'")
+    assert not list(folder.iterdir()), "nothing was done"

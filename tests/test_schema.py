@@ -33,6 +33,7 @@ GOOD = (
     "[write]\nattempts = 1000\nbackoff = []",
     "[write]\nbackoff = [0, 86400.0]",
     "[log]\nlevel = 'debug'\nform = 'json'",
+    "[log]\nform = 'ecs'\nsink = 'file'\nfile = '~/log'\nrotate_bytes = 0\nrotate_keep = 1",
 )
 BAD = (
     "resync = 0",
@@ -66,6 +67,9 @@ BAD = (
     "[write]\nbackoff = 0.1",
     "[log]\nlevel = 'INFO'",
     "[log]\nform = 1",
+    "[log]\nsink = 'syslog'",
+    "[log]\nrotate_bytes = -1",
+    "[log]\nrotate_keep = 0",
     "[log_budget]\ntotal = 65535",
     "[log_budget]\nage = 59",
 )

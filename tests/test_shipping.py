@@ -154,7 +154,7 @@ def test_logrotate_renames_the_file_and_every_line_is_in_one_of_them(
     for number in range(600):
         log.info("event.name", number=number)
         if number % 200 == 100:
-            until(path.exists)
+            until(lambda: path.exists() and path.stat().st_size, "lines are in it")
             subprocess.run([program, "-s", tmp_path / "state", config], check=True, timeout=WAIT)
     assert flush(WAIT) == 0
     files = sorted(path.parent.iterdir(), reverse=True)
