@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import WAIT, program_environment, until
 
-from reconciler.log_files import to_file
+from reconciler.log_files import LogFile, to_file
 from reconciler.logs import LogSettings, flush, make_logger, open_log
 from reconciler.sinks import SinkError
 
@@ -133,9 +133,22 @@ def test_what_cannot_be_rotated_grows_on_and_says_so(path: Path) -> None:
     assert numbers(path) == [0, 1, 2]
     assert told(path)[-1]["log_trouble"] == f"{path} cannot be rotated: Is a directory"
     path.with_name(f"{path.name}.1").rmdir()
-    write(log, 3)
+    other = make_logger(to_file(path, rotate_bytes=100, rotate_keep=1))
+    write(other, 3, text="x" * 100)
+    assert numbers(path) == [3], "no lock was left"
     write(log, 4)
+    assert numbers(path) == [4]
+    write(log, 5)
     assert "log_trouble" not in told(path)[-1]
+
+
+def test_a_file_that_another_has_begun_meanwhile_is_not_rotated(path: Path) -> None:
+    """Between the look at the name and the lock another process may have been through."""
+    mine = LogFile(path, rotate_bytes=100, rotate_keep=5)
+    path.rename(path.with_name(f"{path.name}.1"))
+    path.write_text("another's")
+    assert mine._rotate(), "it is to be followed"
+    assert path.read_text() == "another's"
 
 
 # -- Trouble ------------------------------------------------------------------------------------
@@ -219,6 +232,30 @@ def test_a_line_that_cannot_be_ended_is_counted_and_none_begins_within_it(path: 
     assert json.loads(lines[-1])["number"] == 3
     assert json.loads(lines[-1])["lines_dropped"] == 2
     assert json.loads(lines[0])["number"] == 2, "its rest came when there was room"
+
+
+FORKED = """
+import os, resource, sys
+from pathlib import Path
+from reconciler.log_files import to_file
+from reconciler.logs import flush, make_logger
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+log = make_logger(to_file(Path(sys.argv[1])))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+log.info("event.name", number=0, text="x" * 200 + "END")
+assert flush(20) == 0
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+if child := os.fork():
+    os.waitpid(child, 0)
+log.info("event.name", number=1 + bool(child))
+assert flush(20) == 0
+"""
+
+
+def test_the_rest_of_a_line_is_not_written_again_by_a_fork(path: Path) -> None:
+    in_a_process(FORKED, path)
+    text = path.read_text()
+    assert (text.count("END"), text.count("\n")) == (1, 3)
 
 
 # -- The start ----------------------------------------------------------------------------------
