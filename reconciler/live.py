@@ -88,20 +88,19 @@ def _picture(reconciler: Reconciler, console: Console) -> RenderableType:
     from rich.text import Text  # noqa: PLC0415 - the same
 
     folder = reconciler.manager.sessions_dir
-    rows = [
-        screens.session_row(session, folder, time.monotonic())
-        for _, session in sorted(reconciler.sessions.items())
-    ]
+    sids = sorted(reconciler.sessions)
+    shown = sids[: max(1, console.height - _FRAME)]
     table = Table(*_COLUMNS, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in table.columns:
         column.no_wrap, column.overflow = True, "ellipsis"
-    shown = rows[: max(1, console.height - _FRAME)]
-    for row in shown:
+    for sid in shown:
+        row = screens.session_row(reconciler.sessions[sid], folder, time.monotonic())
         phase, *others = screens.cells(row)[1:]
         style = _STYLES.get(row["phase"], "yellow")
-        table.add_row(row["sid"], Text(phase, style), *others, Text(row["reason"], "dim"))
-    title = f"{len(rows)} sessions in {folder}" if folder.is_dir() else f"there is no {folder}"
-    hidden = len(rows) - len(shown)
+        table.add_row(sid, Text(phase, style), *others, Text(row["reason"], "dim"))
+    count = f"{len(sids)} session{'s' if len(sids) != 1 else ''}"
+    title = f"{count} in {folder}" if folder.is_dir() else f"there is no folder {folder}"
+    hidden = len(sids) - len(shown)
     return Group(
         Text(title, no_wrap=True, overflow="ellipsis"),
         table,

@@ -260,10 +260,21 @@ def test_a_watched_list_takes_no_lock_and_says_goodbye_to_rows_of_a_folder_that_
     assert daemon.process.poll() is None
 
 
+def test_on_a_terminal_that_cannot_draw_a_watched_list_is_lines(
+    cli: Cli, terminal: Terminal
+) -> None:
+    cli.spawn("demo")
+    terminal.type("TERM=dumb pi-reconciler ls --watch")
+    terminal.shows('{"sid": "demo", "phase": "ready"')
+    terminal.press("C-c")
+    terminal.shows("interrupted")
+
+
 def test_a_watched_list_draws_over_what_it_drew(cli: Cli) -> None:
     """Nothing is cleared between two pictures: that would flicker."""
     keeper = cli.spawn("demo")
     ours, theirs = pty.openpty()
+    cli.env["TERM"] = "xterm"
     with cli.started("ls", "--watch", stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         drawn = b""
@@ -354,7 +365,7 @@ def test_a_watched_list_on_a_terminal_follows_fits_and_leaves_no_trace(
     terminal.type("echo before; pi-reconciler ls --watch")
     screen = terminal.shows("ready")
     head, columns, row = screen.splitlines()
-    assert head == f"1 sessions in {cli.folder}"
+    assert head == f"1 session in {cli.folder}"
     assert columns.split() == ["SID", "PHASE", "KEEPER", "AGENT", "AGE", "REASON"]
     assert row.split()[:3] == ["demo", "ready", str(keeper)]
     for number in range(8):

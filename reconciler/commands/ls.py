@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -28,8 +29,9 @@ def ls(given: Common, *, watch: bool, as_json: bool) -> None:
     """List the sessions, one row each (alias: ps).
 
     Looks at the folder and the processes itself, and needs no running daemon. With --watch, on
-    a terminal, the table stays and follows what happens; in a pipe or with --json, each session
-    is a line when it is found, and again whenever it has changed (phase `absent`: it is gone).
+    a terminal, the table stays and follows what happens; in a pipe, with --json, or where TERM
+    is dumb, each session is a line of JSON when it is found, and again whenever it has changed
+    (phase `absent`: it is gone).
 
     \b
     For a script:                     pi-reconciler ls --json | jq -r '.[].sid'
@@ -67,7 +69,8 @@ def _watch(given: Common, *, as_json: bool) -> None:
         dry_run=True,
         logger=make_logger(None, "error", "json"),
     )
-    if as_json or not (sys.stdout and sys.stdout.isatty()):
+    can_draw = sys.stdout and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if as_json or not can_draw:
         end_with_reader()
         asyncio.run(print_changes(reconciler, click.echo, check_reader))
     else:
