@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
@@ -126,7 +125,6 @@ class Reconciler:
         self._resync = resync
         self._log = Tap(logger or get_logger())
         self._sweeper = LogSweeper(log_budget or LogBudget())
-        self._sweeping = False
         self.metrics = metrics(self.sessions) if metrics else None
         self._reporter = Reporter(self._log, self.metrics)
         self._control = Control(self._log, self.sessions) if control and not dry_run else None
@@ -662,7 +660,7 @@ class Reconciler:
             suspects = await self._scan(served)
             if key == LOOK_AT_PROCESSES and not self._may_not_act():
                 self._forget_wishes(served.folder, suspects.marked.keys())
-            if key == LOOK_AT_PROCESSES and not self._sweeping:
+            if key == LOOK_AT_PROCESSES:
                 self._begin(self._sweep_logs(served, suspects.sids))
         except OSError as error:
             self._tell_half_read(served, error)
@@ -672,26 +670,15 @@ class Reconciler:
 
     async def _sweep_logs(self, served: Served, found: Collection[str]) -> None:
         """Bring the logs into their budget, beside the loop, as the last part of a full look."""
-        self._sweeping = True
         there = (sid for sid, row in self.sessions.items() if row.phase not in _NOTHING_THERE)
-        acting, stop = not self._may_not_act(), threading.Event()
+        acting = not self._may_not_act()
         try:
-            with served.folder.again() as folder:
-                sweep = functools.partial(self._sweeper.sweep, folder, {*found, *there})
-                work = self._loop.run_in_executor(
-                    None, functools.partial(sweep, act=acting, stop=stop)
-                )
-                try:
-                    report = await asyncio.shield(work)
-                except asyncio.CancelledError:
-                    stop.set()
-                    await asyncio.wait((work,))
-                    raise
-            self._reporter.swept(report, acting=acting)
+            report = await self._sweeper.beside(served.folder, {*found, *there}, act=acting)
         except OSError as error:
             self._tell_half_read(served, error)
-        finally:
-            self._sweeping = False
+        else:
+            if report is not None:
+                self._reporter.swept(report, acting=acting)
 
     def _tell_half_read(self, served: Served, error: OSError) -> None:
         reason = f"not all could be looked at: {error.strerror}"

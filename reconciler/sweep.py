@@ -8,26 +8,33 @@ has it open for writing (told by the kernel: it grants a read lease). Else it is
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import signal
 import stat
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from reconciler.budget import Log, LogBudget, Step, Why, grown, steps
 from reconciler.folder import Folder, file_id
 from reconciler.layout import CLAIM, Role, claims, file_name, parse_name
 from reconciler.removal import Fate, birth_lock, hidden_name, is_taken, may_be_at_work, remover_of
 
+T = TypeVar("T")
+
 _LOGS = frozenset({Role.KEEPER_LOG, Role.LAUNCH_LOG})
 _BLOCK = 1024 * 1024
 _NEVER = threading.Event()
+_WORK, _REST = 0.0005, 0.001
+# Seconds of work after which the interpreter is left to the event loop, and for how long.
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,31 @@ class LogSweeper:
         self.budget = budget
         self._started = time.time(), _elapsed()
         self._grown: frozenset[str] = frozenset()
+        self._at_work = False
+
+    async def beside(self, folder: Folder, living: Collection[str], *, act: bool) -> Report | None:
+        """Sweep in a thread, by a descriptor of its own. Cancelled, it ends its step first.
+
+        Arguments and errors are those of `sweep`.
+
+        Returns:
+            What was done; None when the sweep before is still at it.
+        """
+        if self._at_work:
+            return None
+        self._at_work, stop = True, threading.Event()
+        try:
+            with folder.again() as own:
+                sweep = functools.partial(self.sweep, own, living, act=act, stop=stop)
+                work = asyncio.get_running_loop().run_in_executor(None, sweep)
+                try:
+                    return await asyncio.shield(work)
+                except asyncio.CancelledError:
+                    stop.set()
+                    await asyncio.wait((work,))
+                    raise
+        finally:
+            self._at_work = False
 
     def sweep(
         self,
@@ -96,7 +128,7 @@ class LogSweeper:
             names = list(folder.names())
         logs = survey(folder, names, living)
         done: list[Step] = []
-        for step in steps(logs, budget, self._now()):
+        for step in _gently(steps(logs, budget, self._now())):
             if stop.is_set():
                 break
             try:
@@ -117,6 +149,16 @@ class LogSweeper:
         now = grown(logs, budget)
         before, self._grown = self._grown, frozenset(log.name for log in now)
         return tuple(log for log in now if log.name in before)
+
+
+def _gently(work: Iterable[T]) -> Iterator[T]:
+    """Go through the work with rests: two threads share the interpreter, and one is the loop's."""
+    begun = time.perf_counter()
+    for each in work:
+        yield each
+        if time.perf_counter() - begun > _WORK:
+            time.sleep(_REST)
+            begun = time.perf_counter()
 
 
 def _elapsed() -> float:
@@ -140,7 +182,7 @@ def survey(folder: Folder, names: Collection[str], living: Collection[str]) -> l
     """
     claimed = {sid for name in names if (sid := claims(name))}.union(living)
     logs = []
-    for name in names:
+    for name in _gently(names):
         parsed = parse_name(name)
         if parsed is None or parsed.role not in _LOGS:
             continue
