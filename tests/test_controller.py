@@ -120,7 +120,8 @@ def agent_of(spawned: SpawnedKeeper) -> int:
 
 def check_line(line: dict[str, Any]) -> None:
     """What each line of an action says."""
-    assert list(line)[:6] == ["timestamp", "level", "event", "sid", "keeper_pid", "reason"]
+    first = ["timestamp", "level", "severity_number", "event", "sid", "keeper_pid", "reason"]
+    assert list(line)[:7] == first
     assert time.strptime(line["timestamp"], "%Y-%m-%dT%H:%M:%S.%fZ")
     assert line["level"] in {"info", "warning"}
     assert isinstance(line["reconcile_id"], int)
