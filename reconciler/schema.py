@@ -3,9 +3,11 @@
 The tables are the fields of the rooms' own dataclasses, so that a room's new number can be
 set at once, in the file and by a variable. Imported only where there is something to check.
 
-To add a key to a table: a field with a default in the room's dataclass, and the same key with a
-comment in ``config/pi-reconciler.toml``. To add a table: its dataclass in `TABLES`, and a field of
-its name in `reconciler.settings.Settings`. To have it taken at SIGHUP: its name in `AT_ONCE`.
+To add a key to a table: a field with a default in the room's dataclass, the same key with a comment
+in ``config/pi-reconciler.toml`` and a row in ``docs/settings.md``, and
+``pi-reconciler config schema > config/pi-reconciler.schema.json``. To add a table:
+its dataclass in `TABLES`, and a field of its name in `reconciler.settings.Settings`. To have it
+taken at SIGHUP: its name in `AT_ONCE`.
 """
 
 from __future__ import annotations
