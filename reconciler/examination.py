@@ -355,6 +355,7 @@ def _ask(program: str, *arguments: str) -> Mapping[str, str] | str:
     try:
         done = subprocess.run(
             [program, *arguments],
+            env=_asking(os.environ),
             capture_output=True,
             stdin=subprocess.DEVNULL,
             timeout=PATIENCE * 0.8,
@@ -367,6 +368,13 @@ def _ask(program: str, *arguments: str) -> Mapping[str, str] | str:
         return told[0] if told else f"{program} ended with {done.returncode}"
     lines = os.fsdecode(done.stdout).splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def _asking(environ: Mapping[str, str]) -> dict[str, str]:
+    """With where the user's manager is found, which `su` and cron do not say; in one language."""
+    place = f"/run/user/{os.getuid()}"
+    more = {"XDG_RUNTIME_DIR": place} if os.path.isdir(place) else {}
+    return {**more, **environ, "LC_ALL": "C"}
 
 
 def _daemon(patient: Patient) -> Diagnosis:
