@@ -169,7 +169,7 @@ class Journald:
         config = ROOT / "config" / "shipping" / "journald.conf"
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", self.SETUP, "sh"]
         self._process = subprocess.Popen([*command, config, JOURNALD], stderr=subprocess.PIPE)
-        self._enter = ["nsenter", f"--mount=/proc/{self._process.pid}/ns/mnt", "--wdns=/"]
+        self._enter = ["nsenter", f"--mount=/proc/{self._process.pid}/ns/mnt", f"--wdns={ROOT}"]
         inside = Path(f"/proc/{self._process.pid}/root/run/systemd/journal/stdout")
         until(lambda: inside.exists() or self._process.poll() is not None, "journald listens")
 
@@ -230,6 +230,19 @@ def test_a_real_journald_has_each_field_and_its_priorities(journald: Journald) -
     assert int(third["PI_RECONCILER_TRUNCATED"]) > 10_000
     assert len(journald.query("PI_RECONCILER_SID=demo", "-p", "warning")) == 2
     assert len(journald.query("PI_RECONCILER_SID=demo", "PI_RECONCILER_EVENT=session.failed")) == 1
+
+
+@root
+def test_a_real_journald_gets_every_line_of_a_flood_in_its_order(journald: Journald) -> None:
+    code = (
+        "from reconciler.logs import LogSettings, flush, open_log\n"
+        "log = open_log(LogSettings(sink='journald'), None)\n"
+        "for number in range(3000): log.info('event.name', number=number)\n"
+        "assert flush(20) == 0\n"
+    )
+    journald.run(sys.executable, "-c", code)
+    entries = journald.query("PI_RECONCILER_EVENT=event.name")
+    assert [int(each["PI_RECONCILER_NUMBER"]) for each in entries] == list(range(3000))
 
 
 @root

@@ -18,7 +18,7 @@ import pytest
 import structlog
 from conftest import WAIT
 
-from reconciler.logs import LEVELS, flush, get_logger, make_logger, set_level
+from reconciler.logs import LEVELS, SEVERITIES, flush, get_logger, make_logger, set_level
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,6 +175,48 @@ def test_the_console_form_shows_an_exception_without_the_values_of_variables(
     assert "\x1b" not in text, "colours are for terminals"
 
 
+# -- The names of the Elastic Common Schema ----------------------------------------------------
+
+
+def test_the_ecs_form_is_that_of_the_reference(stream: io.StringIO) -> None:
+    text = (ROOT / "docs" / "logs.md").read_text()
+    example = re.search(r'^\{"@timestamp".*$', text, re.MULTILINE)
+    assert example
+    expected = json.loads(example[0])
+    log = make_logger(stream, form="ecs")
+    told = line(
+        log.info,
+        stream,
+        "session.cleaned",
+        sid="demo",
+        keeper_pid=4711,
+        reason="keeper dead",
+        duration_ms=0.2,
+    )
+    assert told.keys() == expected.keys()
+    own = {"@timestamp", "process.pid"}
+    assert {key: told[key] for key in told.keys() - own} == {
+        key: expected[key] for key in expected.keys() - own
+    }
+    assert told["process.pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("duration", [math.nan, math.inf, "long", None, [1]])
+def test_an_odd_duration_is_no_duration_of_an_event(stream: io.StringIO, duration: object) -> None:
+    told = line(make_logger(stream, form="ecs").info, stream, "event.name", duration_ms=duration)
+    assert "event.duration" not in told
+
+
+def test_an_exception_in_the_ecs_form_is_a_stack_trace(stream: io.StringIO) -> None:
+    try:
+        int("x")
+    except ValueError:
+        make_logger(stream, form="ecs").exception("session.failed", sid="a")
+    told = json.loads(stream.getvalue())
+    assert told["error.stack_trace"].endswith("invalid literal for int() with base 10: 'x'")
+    assert told["message"] == "session.failed a"
+
+
 # -- Whose logger ---------------------------------------------------------------------------
 
 
@@ -312,7 +354,7 @@ def test_every_example_of_the_reference_is_a_line_of_its_event() -> None:
         assert example, name
         told = json.loads(example[1])
         assert told["event"] == name
-        assert {"level"} < set(told)
+        assert told["severity_number"] == SEVERITIES[told["level"]]
         for key in set(told) - {"timestamp", "level", "event", "sid"}:
             assert f"`{key}`" in section + general, (name, key)
         assert "**Do:**" in section, name
