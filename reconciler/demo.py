@@ -43,8 +43,11 @@ REAL = ("pi", "--mode", "rpc", "--offline", "--no-session")
 KILLED, FROZEN, UNHARMED, DROPPED = "killed", "frozen", "unharmed", "dropped"
 """The sessions of the demonstration, each named for what it meets."""
 
+_PATIENCE = 10.0
+# Seconds until sessions that were started must be seen to be ready.
+
 _LONGEST = 10.0
-# Seconds that anything here may take until it counts as not put right.
+# Seconds that anything may take until it counts as not put right.
 
 _GLANCE = 0.001
 _TERM_GRACE = 0.2
@@ -196,11 +199,11 @@ class Demo:
             for sid, keeper in keepers.items()
         )
         try:
-            async with asyncio.timeout(_LONGEST):
+            async with asyncio.timeout(_PATIENCE):
                 self._audience.started(await asyncio.gather(*ready))
         except TimeoutError as error:
             raise ReconcilerError(
-                f"the sessions are not seen to be ready after {_LONGEST:g} s"
+                f"the sessions are not seen to be ready after {_PATIENCE:g} s"
             ) from error
 
     async def _scenes(self, reconciler: Reconciler) -> AsyncIterator[Scene]:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,14 +169,10 @@ def test_what_cannot_be_removed_is_told_and_is_no_success(
 
 
 @needs_tmux
-def test_on_a_terminal_it_can_be_followed_and_is_over_within_ten_seconds(
-    place: Path, folder: Path
-) -> None:
-    begun = time.monotonic()
+def test_on_a_terminal_it_can_be_followed(place: Path, folder: Path) -> None:
     command = f"TMPDIR={place} {' '.join(PROGRAM)} demo; echo ended $?; exec sleep 600"
     with terminal(folder, command) as tmux:
         until(lambda: "ended" in screen(tmux), "it is over")
-        assert time.monotonic() - begun < 15, "10 s, and some for a busy machine"
         shown = screen(tmux)
         assert "ended 0" in shown
         assert shown.count("put right in") == 3
