@@ -161,9 +161,9 @@ def seconds(_: click.Context, __: click.Parameter, value: float | None) -> float
 
 def complete_session(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
     """The sessions whose names begin so: by the names in the folder, no process is looked at."""
-    from reconciler.layout import CLAIM
+    from reconciler.layout import CONCERN
 
-    return _sessions(ctx, begun, CLAIM)
+    return _sessions(ctx, begun, CONCERN)
 
 
 def complete_logged(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:

@@ -30,7 +30,7 @@ from reconciler.exits import Exits
 from reconciler.folder import Folder
 from reconciler.hints import AT_ONCE, Hints
 from reconciler.keeper import KeeperManager, SpawnedKeeper, StoppedSession, processes_of
-from reconciler.layout import CLAIM, Role, check_sid, parse_name
+from reconciler.layout import CONCERN, Role, check_sid, parse_name
 from reconciler.leftovers import forget_wish
 from reconciler.logs import get_logger
 from reconciler.probe import NO_SUSPECTS, Suspects
@@ -553,7 +553,7 @@ class Reconciler:
             begun = time.monotonic()
             try:
                 spawned = await asyncio.to_thread(
-                    lambda: asyncio.run(self.manager.restart(sid, action.note))
+                    lambda: asyncio.run(self.manager.start_again(sid, action.note))
                 )
             except (ReconcilerError, ValueError) as error:
                 # What follows may be the end of a log, and that may hold what an agent was given.
@@ -628,7 +628,7 @@ class Reconciler:
         end = time.monotonic() + SLICE
         for name in served.folder.names():
             parsed = parse_name(name)
-            if parsed is not None and parsed.role in {*CLAIM, Role.LAUNCH}:
+            if parsed is not None and parsed.role in CONCERN:
                 self._hint(parsed.sid, time.monotonic())
             elif parsed is not None and parsed.role is Role.LEAVE:
                 wishes.add(parsed.sid)

@@ -257,7 +257,7 @@ class KeeperManager:
                 f"how session {sid} is started again: {error.strerror}; so it was ended"
             ) from error
 
-    async def restart(self, sid: str, judged: FileId) -> SpawnedKeeper:
+    async def start_again(self, sid: str, judged: FileId) -> SpawnedKeeper:
         """Start a session again that has ended, as its launch note says.
 
         The attempt is noted down before it is made, so that it counts whatever happens. Should
@@ -284,9 +284,9 @@ class KeeperManager:
                     raise NoSuchSessionError(f"session {sid} was stopped") from error
                 if note.file != judged:
                     raise NoSuchSessionError(f"session {sid}: its launch note is another one now")
-                return await self._restart(sid, note, probe)
+                return await self._start_again(sid, note, probe)
 
-    async def _restart(self, sid: str, note: launches.Note, probe: Probe) -> SpawnedKeeper:
+    async def _start_again(self, sid: str, note: launches.Note, probe: Probe) -> SpawnedKeeper:
         launch, now = note.launch, time.monotonic()
         tries = (*recent(note.record.restarts, now, self.restart_limits), now)
         record = replace(note.record, this_boot=True, restarts=tries)

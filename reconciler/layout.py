@@ -63,6 +63,10 @@ CLAIM = (Role.SOCKET, Role.AGENT_PID_FILE, Role.PID_FILE)
 goes last, since what it says is what condemns the others."""
 
 
+CONCERN = (*CLAIM, Role.LAUNCH)
+"""The roles for which a session is looked at: they claim a keeper, or ask for one."""
+
+
 _LOGS_AND_NOTES = {
     Role.KEEPER_LOG: ("keeper-", ".log"),
     Role.LAUNCH_LOG: ("keeper-launch-", ".log"),
@@ -192,10 +196,7 @@ def claims(name: str, platform: str = sys.platform) -> str | None:
 def concerns(name: str, platform: str = sys.platform) -> str | None:
     """The session that should be looked at for a name: it claims a keeper, or asks for one."""
     parsed = parse_name(name, platform)
-    return parsed.sid if parsed and parsed.role in _CONCERN else None
-
-
-_CONCERN = frozenset({*CLAIM, Role.LAUNCH})
+    return parsed.sid if parsed and parsed.role in CONCERN else None
 
 
 class KeeperArguments(NamedTuple):

@@ -16,6 +16,7 @@ from reconciler.layout import (
     base_dir,
     check_sid,
     claims,
+    concerns,
     file_name,
     keeper_arguments,
     parse_name,
@@ -48,6 +49,7 @@ names = st.lists(pieces | st.text(max_size=6), max_size=6).map("".join)
         (Role.AGENT_PID_FILE, f"{UUID}.rpc.sock.pi-pid", f"pi-rpc-{UUID}.pi-pid"),
         (Role.KEEPER_LOG, f"keeper-{UUID}.log", f"keeper-{UUID}.log"),
         (Role.LAUNCH_LOG, f"keeper-launch-{UUID}.log", f"keeper-launch-{UUID}.log"),
+        (Role.LAUNCH, f"keeper-{UUID}.launch", f"keeper-{UUID}.launch"),
     ],
 )
 def test_names_of_the_contract(role: Role, posix: str, windows: str | None) -> None:
@@ -55,6 +57,13 @@ def test_names_of_the_contract(role: Role, posix: str, windows: str | None) -> N
     assert file_name(role, UUID, "darwin") == posix
     if windows is not None:
         assert file_name(role, UUID, "win32") == windows
+
+
+def test_a_session_is_looked_at_for_what_claims_a_keeper_and_for_what_asks_for_one() -> None:
+    for role in Role:
+        assert concerns(file_name(role, UUID)) == (UUID if role in {*CLAIM, Role.LAUNCH} else None)
+    assert concerns("keeper-.launch") is None
+    assert concerns(f"keeper-launch-{UUID}.launch") is None, "no session has such an id"
 
 
 def test_a_pipe_is_no_file() -> None:

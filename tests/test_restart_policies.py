@@ -312,7 +312,7 @@ async def test_a_start_that_we_broke_off_is_no_request_to_end(
         assert judged.file is not None
         monkeypatch.setattr(keeper, "start", slow)
         with pytest.raises(KeeperStartError):
-            await manager.restart("s", judged.file)
+            await manager.start_again("s", judged.file)
     found = manager.inspect("s")
     assert found.plan.verdict is V.RESTARTING
     assert found.plan.reason.startswith("agent failed")
@@ -616,9 +616,9 @@ async def test_a_note_that_has_changed_since_is_not_obeyed(
     with Folder(folder) as here:
         launches.write(here, "s", Launch(policy="always", cwd="/", agent_command=SINK))
     with pytest.raises(NoSuchSessionError, match="another one now"):
-        await manager.restart("s", FileId(1, 2, 3, 4))
+        await manager.start_again("s", FileId(1, 2, 3, 4))
     with pytest.raises(NoSuchSessionError, match="was stopped"):
-        await manager.restart("other", FileId(1, 2, 3, 4))
+        await manager.start_again("other", FileId(1, 2, 3, 4))
     assert await manager.discover() == []
 
 

@@ -22,6 +22,7 @@ from reconciler import (
     Policy,
     Reason,
     Reconciler,
+    RestartLimits,
     RpcStream,
     RpcWriter,
     Session,
@@ -41,6 +42,7 @@ async def manager(folder: Path) -> None:
         programs=frozenset({"keeper.cjs"}),
         agent_probe=lambda sid, pid: pid > 0 if sid else None,
         policy=Policy(settle=1.0),
+        restart_limits=RestartLimits(first=0.5, most=5),
         ladder=Ladder(term_grace=1.0),
     )
     assert_type(keepers.sessions_dir, Path)
@@ -53,6 +55,8 @@ async def manager(folder: Path) -> None:
     assert_type(finding, Finding)
     assert_type((finding.seen, finding.plan), tuple[Observation, Plan])
     assert_type(keepers.find(), list[Finding])
+    await keepers.spawn("demo", restart="on-failure")
+    await keepers.spawn("demo", restart="sometimes")  # type: ignore[arg-type]
     await keepers.spawn(1)  # type: ignore[arg-type]
     await keepers.spawn("demo", nothing=1)  # type: ignore[call-arg]
 
