@@ -1415,6 +1415,13 @@ def _dump_no_core() -> None:
             resource.setrlimit(resource.RLIMIT_CORE, (1, most))
 
 
+def _limit_descriptors(soft: bytes) -> None:
+    """Have as many as programs are given, and the agent with it, not as many as a daemon takes."""
+    with Despite(OSError, ValueError, OverflowError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(soft), most))
+
+
 def _detach() -> None:
     """Go on as nobody's child, so that whoever started us has no zombie to wait for."""
     if os.fork():
@@ -1426,6 +1433,8 @@ def main(arguments: list[str]) -> int:
     """Be the keeper of the session that the one argument names; the exit code."""
     if os.environb.get(b"PI_KEEPER_DETACH") == b"1":
         _detach()
+    if soft := os.environb.get(b"PI_KEEPER_NOFILE"):
+        _limit_descriptors(soft)
     notice = Notice(os.environb.get(b"PI_KEEPER_NOTIFY_FD", b""))
     _close_off_descriptors()
     sid = arguments[0] if arguments else ""

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reconciler.descriptors import given_limit
 from reconciler.errors import (
     AgentExitedError,
     AgentNotFoundError,
@@ -66,12 +67,14 @@ AGENT_PROOF = 0.3
 _POLL = 0.01
 _TAIL = 2000
 _DETACH = (
-    "import os, sys\n"
+    "import os, resource, sys\n"
     "if os.fork(): os._exit(0)\n"
     "os.setsid()\n"
     "os.write(int(sys.argv[1]), b'{\"pid\":%d}\\n' % os.getpid())\n"
     "os.close(int(sys.argv[1]))\n"
-    "os.execvp(sys.argv[2], sys.argv[2:])\n"
+    "soft, (_, most) = sys.argv[2], resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+    "if soft: resource.setrlimit(resource.RLIMIT_NOFILE, (int(soft), most))\n"
+    "os.execvp(sys.argv[3], sys.argv[3:])\n"
 )
 _INSIDE = frozenset({SESSION_MARKER, FOLDER_MARKER, "PI_DASHBOARD_SPAWNED"})
 _TOKEN = "PI_DASHBOARD_SPAWN_TOKEN"  # noqa: S105 - the name of a variable
@@ -344,13 +347,16 @@ def _run(
     env = {**_environment(request), _MARK: mark}
     command = [*request.keeper_command, request.sid]
     folder = probe.folder.path.absolute()
+    limit = given_limit()
+    soft = "" if limit is None else str(limit)
     if request.ours:
         env["PI_KEEPER_SESSIONS_DIR"] = str(folder)
         env["PI_KEEPER_NOTIFY_FD"] = str(notify)
         env["PI_KEEPER_DETACH"] = "1"
+        env["PI_KEEPER_NOFILE"] = soft
     else:
         env["PI_DASHBOARD_HOME"] = str(_home_of(folder))
-        command = [sys.executable, "-I", "-S", "-c", _DETACH, str(notify), *command]
+        command = [sys.executable, "-I", "-S", "-c", _DETACH, str(notify), soft, *command]
     try:
         return subprocess.Popen(
             command,

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.root
 
 SHOW = "systemctl --user show pi-reconciler -P"
 MORE = """[Service]
-WatchdogSec=1s
+WatchdogSec=3s
 RestartSec=100ms
 StandardOutput=append:%h/out
 StandardError=append:%h/err

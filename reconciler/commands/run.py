@@ -126,6 +126,7 @@ def run(
 
         import structlog  # noqa: F401 - it has to be now
     from reconciler.controller import Reconciler
+    from reconciler.descriptors import raise_limit
     from reconciler.reloads import Reloads
 
     settings = given.settings
@@ -160,7 +161,7 @@ def run(
     reloads = functools.partial(
         Reloads, given.sources._replace(flags=flags), _taker(given, reconciler, log), reconciler.log
     )
-    _raise_descriptor_limit()
+    raise_limit()
     gc.freeze()  # a full collection holds the loop up: it need not walk all that was imported
     gc.enable()
     asyncio.run(_serve(reconciler, reloads, exposition, once=once))
@@ -285,12 +286,3 @@ def _terminals() -> Callable[[], bool]:
     """
     terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
     return lambda: not all(map(os.isatty, terminals))
-
-
-def _raise_descriptor_limit() -> None:
-    """Each session takes two descriptors, for the exits of its keeper and its agent."""
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # where "no limit" is more than allowed
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
