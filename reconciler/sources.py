@@ -23,6 +23,9 @@ from reconciler.schema import KEYS, TABLES, Key
 _UNTOLD = "something else (not repeated here)"
 _LONGEST = 60
 
+_MOST_DOTS = 1_000_000
+# Squares of the dots in each line, together: what 8 MB of a dotted key's beginnings have.
+
 
 class Origin(Enum):
     """Who says a setting, the weakest first."""
@@ -142,8 +145,8 @@ _AS_TAKEN: Mapping[str, Callable[[Any], Any]] = {
 def _from_file(text: bytes, source: str, problems: list[Problem]) -> dict[str, Said]:
     said: dict[str, Said] = {}
     try:
-        raw = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raw = _parsed(text)
+    except ValueError as error:  # no TOML, no UTF-8, or a number of more digits than Python reads
         problems.append(Problem(source, f"this is not TOML: {error}"))
         return said
     except RecursionError:
@@ -163,6 +166,13 @@ def _from_file(text: bytes, source: str, problems: list[Problem]) -> dict[str, S
             except msgspec.ValidationError:
                 problems.append(Problem(source, _wrong(name, value, key)))
     return said
+
+
+def _parsed(text: bytes) -> Mapping[str, Any]:
+    # Of a dotted key tomllib keeps every beginning: 200 kB of one would take all memory.
+    if sum(line.count(b".") ** 2 for line in text.splitlines()) > _MOST_DOTS:
+        raise RecursionError
+    return tomllib.loads(text.decode())
 
 
 _BY_PLACE = {(key.table, key.field): key for key in KEYS.values()}
@@ -247,7 +257,10 @@ def _wrong(name: str, value: object, key: Key) -> str:
 
 
 def _found(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # it has more digits than Python writes
+        return "a number too long"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

@@ -38,7 +38,7 @@ class LogFile:
         self._fd = _open(self._path)
         self._offset = 0
         self._seen = b""
-        self._begun = b""
+        self._begun: list[bytes] = []  # the pieces of a line that has no end yet
 
     def __enter__(self) -> Self:
         return self
@@ -140,17 +140,17 @@ class LogFile:
             self._offset += len(block)
             self._seen = (self._seen + block)[-_SEEN:]
             *finished, rest = block.split(b"\n")
-            if not finished:
-                self._begun += rest
-                continue
-            yield self._begun + finished[0]
-            yield from finished[1:]
-            self._begun = rest
+            if finished:
+                yield b"".join([*self._begun, finished[0]])
+                yield from finished[1:]
+                self._begun = []
+            if rest:
+                self._begun.append(rest)
 
     def _unfinished(self) -> Iterator[bytes]:
         if self._begun:
-            yield self._begun
-        self._begun = b""
+            yield b"".join(self._begun)
+        self._begun = []
 
     def _is_where_it_was(self) -> bool:
         size = len(self._seen)
@@ -166,7 +166,7 @@ class LogFile:
                 if (found := block.rfind(seen)) >= 0:
                     return begin + found + _SEEN
                 end = begin
-        self._seen = self._begun = b""
+        self._seen, self._begun = b"", []
         return 0
 
 

@@ -150,6 +150,9 @@ SECONDS = "seconds above 0, 86400 at most"
             r"keeper_command is ['a\x00'], allowed: a list of texts without",
         ),
         ("programs = " + "[" * 600, "its lists or tables are nested too deep"),
+        (".".join("a" * 2000) + " = 1", "its lists or tables are nested too deep"),
+        ("resync = " + "1" * 5000, "this is not TOML: Exceeds the limit (4300 digits)"),
+        ("resync = 0x" + "f" * 5000, "resync is a number too long, allowed: seconds above 0"),
         (
             "[policy]\nleftovers = 'keep'",
             "policy.leftovers is 'keep', allowed: one of report, stop",
