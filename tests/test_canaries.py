@@ -271,8 +271,8 @@ main()
 @pytest.mark.parametrize(
     ("room", "what", "command"),
     [
-        ("link", "Link.send", ("write", "demo", LINE)),
-        ("link", "Link.send", ("write", "demo", LINE, "--key", "k")),
+        ("link", "Link.deliver", ("write", "demo", LINE)),
+        ("link", "Link.deliver", ("write", "demo", LINE, "--key", "k")),
         ("exchanges", "keyed", ("write", "demo", LINE, "--key", "k")),
         ("link", "Link.finish", ("write", "demo", LINE)),
         ("spawning", "_told", ("spawn", "second", "--env", f"S={OPTION}", "--", "cat", ARGUMENT)),
