@@ -16,15 +16,16 @@ from conftest import end_all, until
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 END = "--- end of output ---"
+AGENT = ROOT / ".tools" / "agent" / "node_modules" / ".bin"
 
 
 def blocks(language: str, page: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[tuple[str, str]]:
-    """The tour, as pairs of a command and what it prints."""
-    parts = re.split(r"^\$ ", "".join(blocks("console")), flags=re.MULTILINE)[1:]
+def commands(page: str = README) -> list[tuple[str, str]]:
+    """A page's commands, as pairs of a command and what it prints."""
+    parts = re.split(r"^\$ ", "".join(blocks("console", page)), flags=re.MULTILINE)[1:]
     return [(command, said) for command, _, said in (part.partition("\n") for part in parts)]
 
 
@@ -62,20 +63,25 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python.parent
 
 
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+
+
 @pytest.mark.agent
 @pytest.mark.timeout(600)  # what the wheel needs is fetched
-@pytest.mark.parametrize("where", ["here", "installed"])
+@pytest.mark.parametrize(
+    ("page", "where"), [(README, "here"), (README, "installed"), (TUTORIAL, "here")]
+)
 def test_the_tour(
-    home: Path, environment: dict[str, str], where: str, request: pytest.FixtureRequest
+    home: Path, environment: dict[str, str], page: str, where: str, request: pytest.FixtureRequest
 ) -> None:
-    """What comes out is what the README shows: of this tree, and of its wheel elsewhere."""
+    """What comes out is what the page shows: of this tree, and of its wheel elsewhere."""
+    if not (AGENT / "pi").exists():
+        assert not os.environ.get("CI"), "CI must have the real agent: make agent"
+        pytest.skip("the real pi agent is not installed: make agent (needs npm)")
     programs = Path(sys.executable).parent
     if where == "installed":
         programs = request.getfixturevalue("installed")
-        environment["PATH"] = f"{programs}:{environment['PATH']}"
-    if not (ROOT / ".tools/agent/node_modules/.bin/pi").exists():
-        assert not os.environ.get("CI"), "CI must have the real agent: make agent"
-        pytest.skip("the real pi agent is not installed: make agent (needs npm)")
+    environment["PATH"] = f"{programs}:{AGENT}:{environment['PATH']}"
     log = home / "run.log"
     with log.open("wb") as stdout:
         daemon = subprocess.Popen(
@@ -92,7 +98,7 @@ def test_the_tour(
     )
     try:
         until(lambda: "reconciler.started" in log.read_text())
-        for command, said in commands():
+        for command, said in commands(page):
             said_to = command.replace("/tmp", str(home)).replace("$PWD/.venv/bin", str(programs))
             printed = run(shell, said_to)
             assert plain(printed, home) == plain(said, home), command
@@ -103,9 +109,9 @@ def test_the_tour(
         shell.communicate()
         daemon.terminate()
         assert daemon.wait(20) == 0
-    shown = set(re.findall(r'"(\w+)":', "".join(blocks("json"))))
-    line = next(line for line in log.read_text().splitlines() if "session.cleaned" in line)
-    assert set(re.findall(r'"(\w+)":', line)) == shown
+    if shown := set(re.findall(r'"(\w+)":', "".join(blocks("json", page)))):
+        line = next(line for line in log.read_text().splitlines() if "session.cleaned" in line)
+        assert set(re.findall(r'"(\w+)":', line)) == shown
 
 
 def run(shell: subprocess.Popen[str], command: str) -> str:
