@@ -186,11 +186,7 @@ class Folder:
     def open(self, name: str, flags: int) -> int:
         """Open a regular file of ours without ever blocking, else raise OSError."""
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        try:
-            fd = os.open(name, flags, 0o600, dir_fd=self.fd)
-        except BlockingIOError:  # a sweep asks, for microseconds, whether somebody writes to it
-            time.sleep(RETRY_EVERY)
-            fd = os.open(name, flags, 0o600, dir_fd=self.fd)
+        fd = os.open(name, flags, 0o600, dir_fd=self.fd)
         if not _is_ours(os.fstat(fd), stat.S_ISREG):
             os.close(fd)
             raise OSError(errno.EPERM, "not a regular file of ours", name)
@@ -329,7 +325,7 @@ class Log:
 
     def open_for_agent(self) -> int:
         """A second open of the log, without the lock, for the agent's output."""
-        fd = self._folder.open(self.name, os.O_WRONLY | os.O_APPEND)
+        fd = self._open(os.O_WRONLY | os.O_APPEND)
         if not self._is_current(self._fd):
             os.close(fd)
             raise OSError(errno.ESTALE, "the log was replaced", self.name)
@@ -384,8 +380,16 @@ class Log:
             at += len(block)
         return offset
 
-    def _open(self) -> int:
-        return self._folder.open(self.name, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    def _open(self, flags: int = os.O_RDWR | os.O_APPEND | os.O_CREAT) -> int:
+        """Open it; a sweep of logs asks, for microseconds, by a lease, whether somebody has it."""
+        patience = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                return self._folder.open(self.name, flags)
+            except BlockingIOError:
+                if time.monotonic() > patience:
+                    raise
+                time.sleep(RETRY_EVERY)
 
     def _is_current(self, fd: int) -> bool:
         named = self._folder.entry(self.name)

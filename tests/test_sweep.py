@@ -15,11 +15,12 @@ from conftest import (
     bare_socket,
     dead_pid,
     root,
+    until,
 )
 from stand_ins import ending
 from test_chaos_disk import Disk
 from test_chaos_disk import disk as disk  # noqa: PLC0414 - a fixture
-from test_removal import a_fifo
+from test_removal import a_fifo, new_keeper, until_it_is_up
 
 from reconciler.budget import LogBudget, Step, Why, steps
 from reconciler.folder import Folder
@@ -209,6 +210,30 @@ def test_a_log_that_somebody_writes_to_stays_and_its_writer_goes_on(
         writer.write(b"new\n")
     assert (opened.path / name).read_text() == "old\n" * 10 + "new\n"
     assert not [each for each in os.listdir(opened.path) if each.startswith(".")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="leases of Linux")
+def test_a_keeper_that_starts_while_the_kernel_is_asked_about_its_log_waits_for_the_answer(
+    opened: Folder,
+) -> None:
+    (opened.path / KEEPER_LOG).touch()
+    broken: list[int] = []
+    before = signal.signal(signal.SIGURG, lambda number, _: broken.append(number))
+    lease = os.open(opened.path / KEEPER_LOG, os.O_RDONLY)
+    fcntl.fcntl(lease, fcntl.F_SETSIG, signal.SIGURG)
+    fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    try:
+        with new_keeper(opened.path) as keeper:
+            until(lambda: broken, "the keeper has come to its log")
+            assert keeper.poll() is None
+            fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            until_it_is_up(opened, keeper.pid)
+            keeper.terminate()
+            assert keeper.wait() == 0
+    finally:
+        os.close(lease)
+        signal.signal(signal.SIGURG, before)
+    assert "keeper.listening" in (opened.path / KEEPER_LOG).read_text()
 
 
 def test_a_log_that_is_only_read_goes(opened: Folder) -> None:
