@@ -57,7 +57,7 @@ class Journal:
     def __init__(self, path: str = SOCKET) -> None:
         self.trouble = ""
         self._path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         weakref.finalize(self, self._socket.close).atexit = False
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as knock:
             knock.connect(path)
