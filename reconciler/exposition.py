@@ -13,6 +13,7 @@ import json
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
@@ -33,7 +34,8 @@ AT_ONCE: Final = 16
 descriptor, and those are for the sessions."""
 
 PATIENCE: Final = 5.0
-"""Seconds that a client may be silent within its request."""
+"""Seconds that a client may be silent within its request; and those that it may take in all, where
+there is no room for another."""
 
 
 _LOOK_UP: Final = 3600.0 if sys.platform == "linux" else 0.5
@@ -155,6 +157,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def __init__(self, *arguments: Any) -> None:  # noqa: ANN401 - its own
         self._free = threading.BoundedSemaphore(AT_ONCE)
+        self._begun: dict[socket.socket, float] = {}  # requests that are open, since when
+        self._lock = threading.Lock()
         super().__init__(*arguments)
 
     def server_bind(self) -> None:
@@ -166,7 +170,10 @@ class _Server(ThreadingMixIn, WSGIServer):
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - its own
         if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
+            self._make_room()
             return
+        with self._lock:
+            self._begun[request] = time.monotonic()
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no more threads
@@ -178,6 +185,20 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().process_request_thread(request, client_address)
         finally:
             self._free.release()
+
+    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 - its own
+        """Close it."""
+        with self._lock:
+            self._begun.pop(request, None)
+        super().shutdown_request(request)
+
+    def _make_room(self) -> None:
+        """Hang up on those who take too long: who sends a byte now and then is never silent."""
+        with self._lock:  # none of them is closed meanwhile
+            for request, begun in self._begun.items():
+                if begun + PATIENCE < time.monotonic():
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - its own
         """A client that broke off is no news."""

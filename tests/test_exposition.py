@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -88,6 +89,25 @@ def test_who_says_nothing_holds_nobody_up_and_no_more_are_let_in_than_can_be_ser
     for each in silent:
         each.close()
     until(lambda: _asked(exposition.port) == 200, "there is room again")
+
+
+def test_who_sends_a_byte_now_and_then_makes_room_for_others(
+    exposition: Exposition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reconciler.exposition.PATIENCE", 0.1)  # a client's silence keeps its 5 s
+    exposition.start(CollectorRegistry(), lambda: WELL)
+    address = ("127.0.0.1", exposition.port)
+    slow = [socket.create_connection(address) for _ in range(AT_ONCE)]
+
+    def another_is_answered() -> bool:
+        for each in slow:
+            with contextlib.suppress(OSError):  # it was hung up on
+                each.send(b"G")
+        return _asked(exposition.port) == 200
+
+    until(another_is_answered, "there is room for another")
+    for each in slow:
+        each.close()
 
 
 def _asked(port: int) -> int:
