@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -33,15 +34,27 @@ def said(user: UserManager, command: str) -> str:
     return text.strip()
 
 
+def session(user: UserManager) -> list[str]:
+    """The pids of its keeper and its agent, as their files say."""
+    folder = user.home / ".pi/dashboard/sessions"
+    paths = [folder / f"demo.rpc.sock.{name}" for name in ("pid", "pi-pid")]
+    return [path.read_text() for path in paths if path.exists()]
+
+
 def ready(user: UserManager) -> None:
     until(lambda: "demo  ready" in user.run("pi-reconciler ls")[1], "the session is ready")
 
 
-def test_the_life_of_the_service(user: UserManager) -> None:
-    assert user.run("pi-reconciler service status")[0] == 4, "it is not known yet"
+def prepared(user: UserManager) -> None:
+    """Have the sessions folder, and the drop-in of the test."""
     drop_in = user.home / ".config/systemd/user/pi-reconciler.service.d/test.conf"
     said(user, f"mkdir -p {drop_in.parent} && echo '{MORE}' > {drop_in}")
     said(user, "mkdir -p -m 700 ~/.pi ~/.pi/dashboard ~/.pi/dashboard/sessions")
+
+
+def test_sessions_outlive_what_befalls_the_service(user: UserManager) -> None:
+    prepared(user)
+    assert user.run("pi-reconciler service status")[0] == 4, "it is not known yet"
 
     # Installed, and ready when `install` returns.
     said(user, "pi-reconciler service install")
@@ -49,14 +62,23 @@ def test_the_life_of_the_service(user: UserManager) -> None:
     assert user.run("pi-reconciler service status")[0] == 0
     main = said(user, f"{SHOW} MainPID")
 
-    # A session in the service's own cgroup, as those that it starts again are.
-    said(user, "pi-reconciler spawn demo -- cat")
-    group = f"/sys/fs/cgroup$({SHOW} ControlGroup)/cgroup.procs"
-    pids = "~/.pi/dashboard/sessions/demo.rpc.sock*pid"
-    said(user, f"for file in {pids}; do echo $(cat $file) > {group}; done")
-    session = said(user, f"cat {pids}")
+    # A session that the service itself has started again is in its cgroup, and has neither the
+    # service's socket nor its limit.
+    told = "ulimit -Sn > ~/limit-$$; env > ~/env-$$; exec cat"
+    said(user, f"pi-reconciler spawn demo --restart always -- sh -c '{told}'")
+    first = session(user)
+    said(user, f"kill -KILL {first[0]}")
+    until(lambda: session(user) not in ([], first), "another keeper runs")
     ready(user)
-    until(lambda: said(user, f"{SHOW} StatusText") == "1 ready", "the status is told")
+    again = session(user)
+    assert not set(again) & set(first)
+    group = said(user, f"cat /sys/fs/cgroup$({SHOW} ControlGroup)/cgroup.procs")
+    assert {main, *again} <= set(group.split())
+    limit, environment = user.home / f"limit-{again[1]}", user.home / f"env-{again[1]}"
+    until(lambda: environment.exists() and environment.read_text(), "its agent runs")
+    assert limit.read_text().strip() == said(user, f"{SHOW} LimitNOFILESoft")
+    assert not re.search("NOTIFY|WATCHDOG", environment.read_text())
+    until(lambda: said(user, f"{SHOW} StatusText").startswith("1 ready"), "the status is told")
 
     # Installed again: nothing changes, nothing is started again.
     said(user, "pi-reconciler service install")
@@ -85,20 +107,22 @@ def test_the_life_of_the_service(user: UserManager) -> None:
     # Stopped: the session lives on in the cgroup.
     said(user, "systemctl --user stop pi-reconciler")
     assert user.run("pi-reconciler service status")[0] == 3
-    assert said(user, f"cat {pids}") == session
+    assert session(user) == again
     ready(user)
 
-    # Hardened, it does its work: a dead keeper's files go.
+
+def test_a_hardened_one_does_its_work_and_goes(user: UserManager) -> None:
+    prepared(user)
     said(user, "pi-reconciler service install --hardened")
+    said(user, "pi-reconciler spawn demo -- cat")
     until(lambda: "1 ready" in said(user, f"{SHOW} StatusText"), "it knows the session")
     status = said(user, f"cat /proc/$({SHOW} MainPID)/status")
     assert "NoNewPrivs:\t1" in status
     assert "Seccomp:\t2" in status
-    said(user, "kill -KILL $(cat ~/.pi/dashboard/sessions/demo.rpc.sock.pid)")
-    until(lambda: user.run(f"ls {pids}")[0] != 0, "its files are gone")
+    said(user, f"kill -KILL {session(user)[0]}")
+    until(lambda: not session(user), "its files are gone")
     until(lambda: '"session.cleaned"' in (user.home / "out").read_text(), "it is told")
 
-    # Gone.
     said(user, "pi-reconciler service uninstall")
     assert user.run("pi-reconciler service status")[0] == 4
     assert user.run("systemctl --user cat pi-reconciler")[0] != 0
