@@ -365,7 +365,7 @@ def test_a_full_disk_tears_no_line(tmp_path: Path) -> None:
     path = tmp_path / "log"
     code = (
         "import resource, sys\n"
-        "from reconciler.logs import flush, make_logger\n"
+        "from reconciler.logs import dropped, flush, make_logger\n"
         "_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
         "with open(sys.argv[1], 'w') as stream:\n"
         "    log = make_logger(stream)\n"
@@ -376,6 +376,7 @@ def test_a_full_disk_tears_no_line(tmp_path: Path) -> None:
         "    assert stream.seek(0, 2) == 100\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\n"
         "    log.info('event.name', number=3)\n"
+        "    assert dropped() == 1\n"
     )
     paths = os.pathsep.join(path for path in sys.path if path)
     subprocess.run([sys.executable, "-c", code, path], check=True, env={"PYTHONPATH": paths})

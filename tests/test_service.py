@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import os
 import plistlib
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import pytest
 from conftest import PROGRAM, WAIT
 
+from reconciler.cli import cli as group
 from reconciler.errors import InvalidRequestError
 from reconciler.managers import (
     LABEL,
@@ -238,6 +242,26 @@ def test_a_manager_that_cannot_be_asked_is_not_known(place: Place) -> None:
     done = place.run("install")
     assert done.returncode == 1
     assert "systemctl is not there" in done.stderr
+
+
+def test_every_command_of_the_pages_is_understood() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    text = (docs / "service.md").read_text() + (docs / "metrics.md").read_text()
+    blocks = "".join(re.findall(r"^```(?:sh|console)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    commands = {
+        *re.findall(r"`(pi-reconciler [^`\n]*)`", text),
+        *re.findall(r"^\$? ?(pi-reconciler .*)$", blocks, re.MULTILINE),
+    }
+    assert len(commands) > 5
+    for command in commands:
+        _, *words = shlex.split(command.partition(" #")[0])
+        with group.make_context("pi-reconciler", words) as context:
+            name, found, rest = group.resolve_command(context, words)
+            assert found is not None, name
+            if isinstance(found, click.Group) and rest:
+                _, found, rest = found.resolve_command(context, rest)
+            assert found is not None, command
+            found.make_context(command, rest, parent=context)
 
 
 # -- Words of a unit ---------------------------------------------------------------------

@@ -344,11 +344,13 @@ def test_an_overflow_of_the_kernels_queue_asks_for_a_full_look(folder: Path) -> 
         (folder / name).touch()
     with watched(folder) as it:
         it.caught_up()
+        assert it.watcher.overflows == 0
         with it.reading:  # the reader is held up
             it.hints.clear()
             for turn in range(QUEUE + 2):  # what is equal to the last one is joined to it
                 (folder / NAMES[turn % 2]).chmod(0o600)
         until(lambda: LOOK_AT_ALL in it.hints, "a full look is asked for")
+        assert it.watcher.overflows == 1
         it.sees_entries()
 
 
