@@ -261,7 +261,8 @@ def test_every_command_of_the_pages_is_understood() -> None:
             if isinstance(found, click.Group) and rest:
                 _, found, rest = found.resolve_command(context, rest)
             assert found is not None, command
-            found.make_context(command, rest, parent=context)
+            if rest:  # else it is only spoken of
+                found.make_context(command, rest, parent=context)
 
 
 # -- Words of a unit ---------------------------------------------------------------------
