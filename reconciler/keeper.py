@@ -249,7 +249,8 @@ class KeeperManager:
         """Note down how to start a session again; if that cannot be done it is ended."""
         sid = request.sid
         try:
-            launches.write(probe.folder, sid, _launch(request))
+            with launches.written(probe.folder, sid, _launch(request)) as note:
+                await asyncio.to_thread(os.fsync, note)
         except OSError as error:
             await self._stop(probe.look(sid), probe)
             raise FolderError(
@@ -262,7 +263,8 @@ class KeeperManager:
 
         The attempt is noted down before it is made, so that it counts whatever happens. Should
         the note be removed meanwhile, since somebody stops the session, then what was started is
-        ended: they remove it before they look, and here it is looked at after the start.
+        ended: they remove it before they look for a keeper, and here it is looked at once the
+        keeper can be found. A keeper of ours does so itself, before it starts the agent.
 
         Args:
             sid: the session's id.
@@ -298,6 +300,7 @@ class KeeperManager:
             agent_command=launch.agent_command,
             capture=launch.capture,
             keeper_command=launch.keeper_command or OUR_KEEPER,
+            again=True,
             ready=False,
         )
         try:
@@ -306,14 +309,14 @@ class KeeperManager:
             if self.policy.leftovers == "stop":
                 await self.end_leftovers(probe, sid)
             started = await start(request, probe)
-        except AlreadyRunningError:
+        except (AlreadyRunningError, NoSuchSessionError):
             raise
         except Exception:
             note.write(record, failed=True)  # its keeper may have said farewell on our request
             raise
         if not note.stands():
             await self._stop(probe.look(sid), probe)
-            raise NoSuchSessionError(f"session {sid} was stopped while it was started again")
+            raise NoSuchSessionError(f"session {sid}: it was stopped while it was started again")
         socket = socket_address(self.sessions_dir, sid)
         return SpawnedKeeper(sid, started.pid, started.agent_pid, socket)
 

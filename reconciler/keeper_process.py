@@ -1165,8 +1165,18 @@ class Keeper:
             self._folder.write_pid(self._pid_name, os.getpid())
         except OSError as error:
             raise StartError(FATAL, "pid_file", f"no pid file: {error}") from None
+        self._heed_stop()
         self._say("info", "keeper.listening", f"listening on {self._socket_name}")
         self._notice.tell("listening", pid=os.getpid())
+
+    def _heed_stop(self) -> None:
+        """Look once more whether the session is to be started again, now that we can be found.
+
+        Whoever stops it removes its launch note first, and looks for keepers then.
+        """
+        note = self._environ.get(b"PI_KEEPER_LAUNCH_NOTE", b"").decode(errors="surrogateescape")
+        if note and self._folder.entry(note) is None:
+            raise StartError(FATAL, "stopped", "it was stopped while it was started again")
 
     def _spawn(self) -> None:
         command = self._strings(b"PI_KEEPER_PI_CMD", [b"pi"]) or [b"pi"]

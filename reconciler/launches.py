@@ -166,8 +166,12 @@ def check(launch: Launch) -> None:
         )
 
 
-def write(folder: Folder, sid: str, launch: Launch) -> None:
+@contextlib.contextmanager
+def written(folder: Folder, sid: str, launch: Launch) -> Iterator[int]:
     """Note down what a session was started with, for this boot of the machine.
+
+    Gives the note, open, to be synced: after a power failure it should be whole. That may take
+    long, so it is not done here.
 
     Raises:
         OSError: it cannot be written, or another note stands there. Nothing is left of it.
@@ -175,15 +179,20 @@ def write(folder: Folder, sid: str, launch: Launch) -> None:
     flags = _OPEN | os.O_WRONLY | os.O_CREAT | os.O_EXCL
     name = file_name(Role.LAUNCH, sid)
     text = _head(launch) + b"\n" + _tail(RestartRecord(launch.policy))
-    descriptor = os.open(name, flags, 0o600, dir_fd=folder.fd)
-    try:
-        with open(descriptor, "wb") as note:
+    with open(os.open(name, flags, 0o600, dir_fd=folder.fd), "wb") as note:
+        try:
             note.write(text)
             note.flush()
-            os.fsync(note.fileno())  # after a power failure it is whole, or was never promised
-    except OSError:
-        os.unlink(name, dir_fd=folder.fd)
-        raise
+            yield note.fileno()
+        except OSError:
+            os.unlink(name, dir_fd=folder.fd)
+            raise
+
+
+def write(folder: Folder, sid: str, launch: Launch) -> None:
+    """The same, without syncing it."""
+    with written(folder, sid, launch):
+        pass
 
 
 def forget(folder: Folder, sid: str) -> bool:

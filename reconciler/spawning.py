@@ -29,6 +29,7 @@ from reconciler.errors import (
     FolderError,
     InvalidRequestError,
     KeeperStartError,
+    NoSuchSessionError,
     ReconcilerError,
     StillAliveError,
 )
@@ -89,6 +90,7 @@ _ERRORS: Mapping[str, type[ReconcilerError]] = {
     "already_running": AlreadyRunningError,
     "agent_missing": AgentNotFoundError,
     "agent_exited": AgentExitedError,
+    "stopped": NoSuchSessionError,
 }
 
 
@@ -104,6 +106,7 @@ class KeeperRequest:
         capture: the agent's output goes to the keeper log, else nowhere.
         keeper_command: runtime and keeper file, without the session id.
         restart: when the session is started again after its end.
+        again: it is, so only while its launch note stands (as a keeper of ours sees to).
         ready: wait until the agent has lived 300 ms, not only until the keeper listens.
         timeout: seconds until a keeper that neither comes up nor fails is ended.
     """
@@ -115,6 +118,7 @@ class KeeperRequest:
     capture: bool = False
     keeper_command: Sequence[str] = OUR_KEEPER
     restart: RestartPolicy = "never"
+    again: bool = False
     ready: bool = True
     timeout: float = 10.0
 
@@ -353,6 +357,8 @@ def _run(
         env["PI_KEEPER_SESSIONS_DIR"] = str(folder)
         env["PI_KEEPER_NOTIFY_FD"] = str(notify)
         env["PI_KEEPER_DETACH"] = "1"
+        if request.again:
+            env["PI_KEEPER_LAUNCH_NOTE"] = file_name(Role.LAUNCH, request.sid)
         env["PI_KEEPER_NOFILE"] = soft
     else:
         env["PI_DASHBOARD_HOME"] = str(_home_of(folder))

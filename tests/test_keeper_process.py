@@ -1262,3 +1262,25 @@ def test_nothing_beside_the_keeper_stands_in_for_the_standard_library(installed:
         (installed / f"{name}.py").write_text("raise SystemExit('not the real one')\n")
         (installed / "launcher" / f"{name}.py").write_text("raise SystemExit('not this one')\n")
     assert NO_SID in said_at_start(installed)
+
+
+# --- a session that is started again -------------------------------------------------------
+
+
+def test_a_keeper_whose_launch_note_is_gone_starts_no_agent(session: Session, out: Path) -> None:
+    """It was stopped meanwhile: by somebody who found no keeper yet."""
+    note = f"keeper-{SID}.launch"
+    process = session.start(into(out), wait="", PI_KEEPER_LAUNCH_NOTE=note)
+    assert session.told()["reason"] == "stopped"
+    assert process.wait(20) == 2
+    assert not out.exists()
+    assert not session.socket.exists()
+    assert not session.pid_file.exists()
+
+
+def test_a_keeper_whose_launch_note_stands_is_as_any_other(session: Session, out: Path) -> None:
+    session.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (session.folder / f"keeper-{SID}.launch").touch()
+    process = session.start(into(out), wait="", PI_KEEPER_LAUNCH_NOTE=f"keeper-{SID}.launch")
+    assert session.told() == {"event": "listening", "pid": process.pid}
+    assert session.told()["event"] == "ready"
