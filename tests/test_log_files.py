@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -289,6 +290,28 @@ def test_what_is_no_file_of_a_folder_is_refused_at_the_start(
         to_file(path)
     expected = reason.format(parent=path.parent)
     assert str(caught.value) == f"log file {str(path)!r} cannot be opened: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room, or name one on another disk"),
+        (errno.EACCES, "put the rights of it and of '{parent}' right, or name another"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_what_to_do(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def refuses(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reconciler.log_files.os.open", refuses)
+        with pytest.raises(SinkError) as caught:
+            to_file(path)
+    assert str(caught.value).endswith(
+        f" cannot be opened: {os.strerror(number)}: {remedy.format(parent=path.parent)}"
+    )
 
 
 def test_the_settings_choose_the_file_and_its_rotation(path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from reconciler.log_lines import LONGEST, PRIORITIES, SEVERITIES, render
+from reconciler.log_lines import LONGEST, PRIORITIES, SEVERITIES, encode, render
 from reconciler.logs import LEVELS, make_logger
 from reconciler.sinks import Sink
 
@@ -207,6 +207,12 @@ def test_where_there_are_too_many_keys_the_last_ones_are_left_out() -> None:
     assert list(told)[:3] == ["event", "key_0", "key_1"]
     assert list(told)[-1] == "truncated"
     assert 150 < len(told) < 5000
+
+
+def test_what_is_for_a_program_of_ours_is_neither_flat_nor_short() -> None:
+    fields = {"sessions": {"ready": 1}, "text": "x" * 2 * LONGEST}
+    assert json.loads(encode(fields)) == fields
+    assert strict(encode({"event": "event.name", "odd": "\udc80"}))["odd"] == "\\udc80"
 
 
 def test_every_level_has_its_number_for_opentelemetry_and_for_syslog() -> None:

@@ -52,7 +52,8 @@ class Server:
 
     def wait_for(self, count: int) -> list[dict[str, Any]]:
         until(lambda: self._taken.count(b"\n") >= count, f"{count} lines have arrived")
-        return [json.loads(line) for line in self._taken.splitlines()]
+        *whole, _ = bytes(self._taken).split(b"\n")
+        return [json.loads(line) for line in whole]
 
     def close(self) -> None:
         self._listener.close()
