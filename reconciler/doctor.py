@@ -353,7 +353,7 @@ class ServiceFacts:
         installed: it knows the unit.
         active: the unit's state, as ``active``.
         enabled: it is started at the next login, or at boot.
-        lingers: it runs without a login; None where that cannot be told.
+        lingers: it runs without a login.
         pid: of its main process, or 0.
     """
 
@@ -361,7 +361,7 @@ class ServiceFacts:
     installed: bool = False
     active: str = ""
     enabled: bool = False
-    lingers: bool | None = None
+    lingers: bool = False
     pid: int = 0
 
 
@@ -371,15 +371,15 @@ def judge_service(facts: ServiceFacts) -> Diagnosis:
         return ok("service", f"no service manager to ask ({facts.silent})")
     if not facts.installed:
         found = "no unit pi-reconciler: nothing starts the daemon by itself"
-        return warning("service", found, "install config/pi-reconciler.service")
+        return warning("service", found, "pi-reconciler service install")
     if facts.active == "failed":
         return problem("service", "failed", "journalctl --user -u pi-reconciler")
-    if facts.active != "active":
+    if facts.active not in {"active", "reloading"}:
         advice = "systemctl --user enable --now pi-reconciler"
         return warning("service", f"installed, and {facts.active or 'not running'}", advice)
     if not facts.enabled:
         return warning("service", "running, not enabled", "systemctl --user enable pi-reconciler")
-    if facts.lingers is False:
+    if not facts.lingers:
         advice = "loginctl enable-linger, if sessions run on without you"
         return warning("service", "running, but it ends when you log out", advice)
     return ok("service", f"running, process {facts.pid}")
@@ -394,7 +394,7 @@ def judge_daemon(holder: int | None, program: str, service: int) -> Diagnosis:
         service: the process of the service, or 0.
     """
     if holder is None:
-        advice = "pi-reconciler run, or the service: until then nothing is put right by itself"
+        advice = "pi-reconciler run, or service install: until then nothing is put right by itself"
         return warning("daemon", "nobody holds the folder's lock", advice)
     if not holder:
         return ok("daemon", "who holds the folder's lock cannot be told: see pi-reconciler status")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from reconciler.doctor import (
     Diagnosis,
@@ -46,11 +47,12 @@ from reconciler.folder import NETWORK_FILESYSTEMS as REMOTE
 from reconciler.folder import SO_PEERPIDFD, Folder, filesystem_of
 from reconciler.journal import SOCKET as JOURNAL
 from reconciler.layout import CLAIM, parse_name, socket_address
+from reconciler.managers import UNIT, lingers
+from reconciler.service import ServiceError, ask
 
 PATIENCE = 3.0
 """Seconds that one check may take: a file on a server that hangs is no answer, too."""
 
-UNIT = "pi-reconciler.service"
 _A_UUID = "00000000-0000-0000-0000-000000000000"
 _LONGEST_NAME = 1 << 16  # bytes read of a file that tells a name or a version
 
@@ -334,47 +336,26 @@ def _service(_: Patient) -> Diagnosis:
 
 
 def _service_facts() -> ServiceFacts:
-    shown = ("LoadState", "ActiveState", "UnitFileState", "MainPID")
-    said = _ask("systemctl", "--user", "show", UNIT, f"--property={','.join(shown)}")
-    if isinstance(said, str):
-        return ServiceFacts(silent=said)
-    linger = _ask("loginctl", "show-user", str(os.getuid()), "--property=Linger")
+    names = "LoadState,ActiveState,UnitFileState,MainPID"
+    try:
+        done = ask(("systemctl", "--user", "show", UNIT, "--property", names), _soon)
+    except ServiceError as error:
+        return ServiceFacts(silent=str(error))
+    if done.returncode:
+        return ServiceFacts(silent=done.stderr.strip().partition("\n")[0])
+    said = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     return ServiceFacts(
         installed=said.get("LoadState") == "loaded",
         active=said.get("ActiveState", ""),
         enabled=said.get("UnitFileState") in {"enabled", "enabled-runtime", "static", "linked"},
-        lingers=None if isinstance(linger, str) else linger.get("Linger") == "yes",
+        lingers=lingers(os.getuid()),
         pid=int(said.get("MainPID", "0")),
     )
 
 
-def _ask(program: str, *arguments: str) -> Mapping[str, str] | str:
-    """The properties that a program shows, or why it shows none."""
-    if shutil.which(program) is None:
-        return f"there is no {program}"
-    try:
-        done = subprocess.run(
-            [program, *arguments],
-            env=_asking(os.environ),
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=PATIENCE * 0.8,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{program}: {type(error).__name__}"
-    if done.returncode != 0:
-        told = os.fsdecode(done.stderr).strip().splitlines()
-        return told[0] if told else f"{program} ended with {done.returncode}"
-    lines = os.fsdecode(done.stdout).splitlines()
-    return dict(line.split("=", 1) for line in lines if "=" in line)
-
-
-def _asking(environ: Mapping[str, str]) -> dict[str, str]:
-    """With where the user's manager is found, which `su` and cron do not say; in one language."""
-    place = f"/run/user/{os.getuid()}"
-    more = {"XDG_RUNTIME_DIR": place} if os.path.isdir(place) else {}
-    return {**more, **environ, "LC_ALL": "C"}
+def _soon(command: Sequence[str], **how: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - run's own
+    """Run a command that has ended before its check is given up."""
+    return subprocess.run(command, **{**how, "timeout": PATIENCE * 0.8})  # noqa: PLW1510 - in how
 
 
 def _daemon(patient: Patient) -> Diagnosis:
