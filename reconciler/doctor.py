@@ -158,12 +158,12 @@ class DiskFacts:
 def judge_disk(facts: DiskFacts) -> Diagnosis:
     """Whether sessions can live there."""
     kind = facts.kind or "of an unknown kind"
-    room = f"{kind}, {facts.space // _MIB} MiB free"
     if facts.read_only:
         return problem("filesystem", f"{kind}, mounted read-only", "mount it to be written to")
     if facts.space == 0 or facts.files == 0:
         what = f"{kind}, full" if facts.space == 0 else f"{kind}, no entry is free (inodes)"
         return problem("filesystem", what, "make room: no session can be started")
+    room = f"{kind}, {facts.space // _MIB} MiB free"
     if facts.space < LITTLE_SPACE or (facts.files is not None and facts.files < FEW_FILES):
         free = room if facts.space < LITTLE_SPACE else f"{kind}, {facts.files} entries free"
         return warning("filesystem", free, "make room before sessions fail to start")
@@ -181,10 +181,8 @@ def judge_socket_path(size: int, limit: int) -> Diagnosis:
         limit: the system's longest.
     """
     found = f"{size} bytes with a UUID, of {limit}"
-    if size <= limit:
-        return ok("socket path", found)
     advice = "keepers of another make and their clients cannot use it (ours can): shorten the path"
-    return warning("socket path", found, advice)
+    return ok("socket path", found) if size <= limit else warning("socket path", found, advice)
 
 
 # -- The system --------------------------------------------------------------------------------
@@ -240,9 +238,8 @@ def judge_descriptors(limit: int | None, sessions: int) -> Diagnosis:
     advice = "raise LimitNOFILE= in the unit, or `ulimit -Hn`: the exits of the others are polled"
     if capacity < sessions:
         return problem("descriptors", f"{found}, and there are {sessions}", advice)
-    if capacity < FEW_SESSIONS:
-        return warning("descriptors", found, advice)
-    return ok("descriptors", found)
+    few = capacity < FEW_SESSIONS
+    return warning("descriptors", found, advice) if few else ok("descriptors", found)
 
 
 def judge_kernel(*, pidfd: bool, peer_pidfd: bool, version: str) -> Diagnosis:
@@ -331,14 +328,12 @@ class LogFacts:
 
 def judge_log(facts: LogFacts) -> Diagnosis:
     """Whether the daemon's lines arrive."""
-    if facts.trouble and facts.sink == "file":
-        advice = "see to its folder and rights, or name another one: log.file"
-        return problem("log", f"{facts.place}: {facts.trouble}", advice)
     if facts.trouble:
-        advice = "start systemd-journald, or choose another sink: log.sink"
+        to_file = "see to its folder and rights, or name another one: log.file"
+        to_journal = "start systemd-journald, or choose another sink: log.sink"
+        advice = to_file if facts.sink == "file" else to_journal
         return problem("log", f"{facts.place}: {facts.trouble}", advice)
-    where = f" ({facts.place})" if facts.place else ""
-    return ok("log", f"{'standard output' if facts.sink == 'stdout' else facts.sink}{where}")
+    return ok("log", f"{facts.sink} ({facts.place})" if facts.place else "standard output")
 
 
 # -- The daemon --------------------------------------------------------------------------------
@@ -370,8 +365,7 @@ def judge_service(facts: ServiceFacts) -> Diagnosis:
     if facts.silent:
         return ok("service", f"no service manager to ask ({facts.silent})")
     if not facts.installed:
-        found = "no unit pi-reconciler: nothing starts the daemon by itself"
-        return warning("service", found, "pi-reconciler service install")
+        return warning("service", "not installed", "pi-reconciler service install")
     if facts.active == "failed":
         return problem("service", "failed", "journalctl --user -u pi-reconciler")
     if facts.active not in {"active", "reloading"}:

@@ -139,7 +139,7 @@ def service(**facts: object) -> Diagnosis:
         ),
         (service(), "ok", "running, process 7", ""),
         (service(silent="no bus"), "ok", "no service manager to ask (no bus)", ""),
-        (service(installed=False), "warning", "no unit", "service install"),
+        (service(installed=False), "warning", "not installed", "service install"),
         (service(active="failed"), "problem", "failed", "journalctl"),
         (service(active="reloading"), "ok", "running", ""),
         (service(active="inactive"), "warning", "installed, and inactive", "enable --now"),
