@@ -895,10 +895,14 @@ class Wire:
             self._welcome(sock.fileno(), Connection(sock, time.monotonic()))
 
     def _welcome(self, fd: int, connection: Connection) -> None:
-        """Serve at once what has come already: of a short line, often all, the end included."""
+        """Serve at once what has come already: of a short line, often all, the end included.
+
+        Where others have bytes waiting, they came first.
+        """
         self._connections[fd] = connection
+        alone = not self._ready
         self._ready[connection] = None
-        for _ in range(WELCOME_TURNS):
+        for _ in range(WELCOME_TURNS if alone else 0):
             if self._full or self._owner is not None or connection not in self._ready:
                 break
             self._serve(connection)
