@@ -13,11 +13,12 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import WAIT, until
 
 UID = 4242
 """A user without a name, and without any right that root has."""
@@ -69,12 +70,15 @@ class UserManager:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        until(self._answers, "systemd --user runs")
 
-    def _answers(self) -> bool:
-        if self._shell.poll() is not None:
-            pytest.skip(f"no systemd --user can be had here: {self._shell.communicate()[0]}")
-        return self.run("systemctl --user is-system-running")[1].strip() in {"running", "degraded"}
+    def await_start(self) -> None:
+        """Wait until it runs; where the system does not let it, the test is skipped."""
+        deadline = time.monotonic() + WAIT
+        while "running" not in (said := self.run("systemctl --user is-system-running")[1]):
+            if time.monotonic() > deadline:
+                log = (self.home / "manager.log").read_text()
+                pytest.skip(f"no systemd --user can be had here: {said} {log}")
+            time.sleep(0.05)
 
     def run(self, command: str) -> tuple[int, str]:
         """Run a command as the user; its exit code, and what it printed."""
@@ -115,6 +119,7 @@ def user_manager() -> Iterator[UserManager]:
         pytest.skip(f"needs a cgroup of its own: {error}")
     manager = UserManager(home, cgroup)
     try:
+        manager.await_start()
         yield manager
     finally:
         manager.close()
