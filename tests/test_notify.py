@@ -231,13 +231,17 @@ def test_a_loop_that_is_stuck_is_silent_and_its_end_says_where_it_was_stuck(
         stderr=subprocess.PIPE,
         text=True,
     )
-    until(lambda: manager.read().count("WATCHDOG=1") > 2, "it lives")
-    stuck.send_signal(signal.SIGUSR1)
-    time.sleep(0.3)
-    silent = manager.read().count("WATCHDOG=1")
-    time.sleep(0.5)
-    assert manager.read().count("WATCHDOG=1") == silent
-    stuck.send_signal(signal.SIGABRT)  # as systemd does
-    _, said = stuck.communicate(timeout=WAIT)
-    assert stuck.returncode == -signal.SIGABRT
-    assert "in stand_still" in said
+    try:
+        until(lambda: manager.read().count("WATCHDOG=1") > 2, "it lives")
+        stuck.send_signal(signal.SIGUSR1)
+        time.sleep(0.3)
+        silent = manager.read().count("WATCHDOG=1")
+        time.sleep(0.5)
+        assert manager.read().count("WATCHDOG=1") == silent
+        stuck.send_signal(signal.SIGABRT)  # as systemd does
+        _, said = stuck.communicate(timeout=WAIT)
+        assert stuck.returncode == -signal.SIGABRT
+        assert "in stand_still" in said
+    finally:
+        stuck.kill()
+        stuck.communicate()
