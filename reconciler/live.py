@@ -14,6 +14,7 @@ from reconciler.controller import Reconciler
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.live import Live
 
 _SECOND = 1.0
 # Between two looks at the clock: ages are shown in seconds.
@@ -71,6 +72,7 @@ async def draw_table(reconciler: Reconciler, *, colors: bool) -> None:
     async with reconciler:
         reconciler.sessions.subscribe(lambda _: changed.set())
         with Live(console=console, screen=True, auto_refresh=False) as live:
+            loop.add_signal_handler(signal.SIGTSTP, _suspend, live, changed)
             while True:
                 live.update(_picture(reconciler, console), refresh=True)
                 try:
@@ -80,6 +82,17 @@ async def draw_table(reconciler: Reconciler, *, colors: bool) -> None:
                     continue
                 await asyncio.sleep(_GATHER)
                 changed.clear()
+
+
+def _suspend(live: Live, changed: asyncio.Event) -> None:
+    """Give the terminal back as it was, stop as Ctrl-Z asks for, and take it again after that."""
+    loop = asyncio.get_running_loop()
+    live.stop()
+    loop.remove_signal_handler(signal.SIGTSTP)
+    signal.raise_signal(signal.SIGTSTP)  # here this process stands still until SIGCONT
+    loop.add_signal_handler(signal.SIGTSTP, _suspend, live, changed)
+    live.start()
+    changed.set()
 
 
 def _picture(reconciler: Reconciler, console: Console) -> RenderableType:

@@ -387,3 +387,20 @@ def test_a_watched_list_on_a_terminal_follows_fits_and_leaves_no_trace(
     assert terminal.is_as_before()
     terminal.type("echo code $?")
     terminal.shows("code 130")
+
+
+def test_a_watched_list_that_ctrl_z_stops_gives_the_terminal_back_and_goes_on(
+    cli: Cli, terminal: Terminal
+) -> None:
+    cli.spawn("demo")
+    terminal.type("echo before; pi-reconciler ls --watch")
+    terminal.shows("ready")
+    terminal.press("C-z")
+    screen = terminal.shows("Stopped")
+    assert "before" in screen
+    assert terminal.is_as_before()
+    terminal.type("fg")
+    terminal.shows("demo  ready")
+    terminal.press("C-c")
+    terminal.shows("interrupted")
+    assert terminal.is_as_before()
