@@ -140,8 +140,23 @@ def lingers(uid: int, folder: Path = Path("/var/lib/systemd/linger")) -> bool:
 
 def unit_text(command: Sequence[str]) -> str:
     """The unit, for a command."""
-    line = " ".join(map(systemd_word, command))
+    program, *words = command
+    line = " ".join((systemd_program(program), *map(systemd_word, words)))
     return _EXEC_START.sub(lambda _: f"ExecStart={line}", template(UNIT))
+
+
+def systemd_program(path: str) -> str:
+    """The path of a command's program as a unit has it: a variable is none in there anyway.
+
+    Raises:
+        InvalidRequestError: systemd runs nothing that is called so.
+    """
+    if not path.isprintable() or not {"'", '"', "\\"}.isdisjoint(path):
+        raise InvalidRequestError(
+            f"systemd cannot run {path!r}, for its quotes or backslashes: install pi-reconciler "
+            "somewhere else"
+        )
+    return systemd_word(path).replace("$$", "$")
 
 
 def systemd_word(word: str) -> str:

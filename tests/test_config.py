@@ -16,7 +16,7 @@ import pytest
 from conftest import WAIT
 
 from reconciler.cli import cli
-from reconciler.managers import HARDENED, LABEL, UNIT
+from reconciler.managers import HARDENED, LABEL, UNIT, unit_text
 from reconciler.service import template
 
 CONFIG = Path(__file__).parent.parent / "config"
@@ -126,6 +126,19 @@ def analyzed(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[
         check=False,
         env={"XDG_RUNTIME_DIR": str(folder), "HOME": str(folder), "PATH": "/usr/bin:/bin"},
     )
+
+
+@pytest.mark.parametrize("odd", ["a b", "100%h", "a$b", "a${HOME}b", "a;b", "größe", "-x=1"])
+def test_a_program_is_found_wherever_it_is(analyze: str, tmp_path: Path, odd: str) -> None:
+    place = tmp_path / odd
+    place.mkdir()
+    program = place / "pi-reconciler"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    (tmp_path / UNIT).write_text(unit_text((str(program), "run", "--config", "$HOME/a b")))
+    done = analyzed(tmp_path, analyze, "--user", "verify", tmp_path / UNIT)
+    assert UNIT not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("hardened", [False, True])

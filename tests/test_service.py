@@ -292,6 +292,12 @@ def test_a_word_that_no_unit_can_say_is_refused(word: str) -> None:
         systemd_word(word)
 
 
+@pytest.mark.parametrize("path", ['/a"b/c', "/a'b/c", "/a\\b/c", "/a\nb"])
+def test_a_program_that_systemd_cannot_run_is_refused(path: str) -> None:
+    with pytest.raises(InvalidRequestError, match="systemd cannot run"):
+        unit_text([path, "run"])
+
+
 def test_only_the_command_of_the_unit_differs() -> None:
     one, other = unit_text(["/a"]).splitlines(), unit_text(["/b"]).splitlines()
     assert [pair for pair in zip(one, other, strict=True) if pair[0] != pair[1]] == [
