@@ -39,6 +39,7 @@ from reconciler.restarts import RestartLimits, RestartPolicy, recent
 from reconciler.spawning import (
     OUR_KEEPER,
     KeeperRequest,
+    Started,
     check,
     default_environment,
     environment_to_restart,
@@ -203,9 +204,9 @@ class KeeperManager:
             started = await start(request, probe)
             forget_wish(folder, request.sid)  # it was about the session before
             if request.restart != "never":
-                await self._note_launch(request, probe)
+                await self._note_launch(request, started, probe)
         socket = socket_address(self.sessions_dir, request.sid)
-        return SpawnedKeeper(request.sid, started.pid, started.agent_pid, socket)
+        return SpawnedKeeper(request.sid, started.process.pid, started.agent_pid, socket)
 
     def request(
         self,
@@ -245,14 +246,14 @@ class KeeperManager:
                 f"restarts of session {sid}: {error.strerror}"
             ) from error
 
-    async def _note_launch(self, request: KeeperRequest, probe: Probe) -> None:
+    async def _note_launch(self, request: KeeperRequest, started: Started, probe: Probe) -> None:
         """Note down how to start a session again; if that cannot be done it is ended."""
         sid = request.sid
         try:
             with launches.written(probe.folder, sid, _launch(request)) as note:
                 await asyncio.to_thread(os.fsync, note)
         except OSError as error:
-            await self._stop(probe.look(sid), probe)
+            await self._take_back(sid, started, probe)
             raise FolderError(
                 f"sessions folder {str(self.sessions_dir)!r} cannot be written to, to note down "
                 f"how session {sid} is started again: {error.strerror}; so it was ended"
@@ -315,10 +316,16 @@ class KeeperManager:
             note.write(record, failed=True)  # its keeper may have said farewell on our request
             raise
         if not note.stands():
-            await self._stop(probe.look(sid), probe)
+            await self._take_back(sid, started, probe)
             raise NoSuchSessionError(f"session {sid}: it was stopped while it was started again")
         socket = socket_address(self.sessions_dir, sid)
-        return SpawnedKeeper(sid, started.pid, started.agent_pid, socket)
+        return SpawnedKeeper(sid, started.process.pid, started.agent_pid, socket)
+
+    async def _take_back(self, sid: str, started: Started, probe: Probe) -> None:
+        """End what was just started, unless it is over: whatever has come since is another's."""
+        seen = probe.look(sid)
+        if started.process in processes_of(seen):
+            await self._stop(seen, probe)
 
     async def _make_free(self, sid: str, probe: Probe) -> None:
         """Refuse a session id that is in use, and end the agent that a dead keeper left.

@@ -132,7 +132,7 @@ class KeeperRequest:
 class Started:
     """A keeper that has come up."""
 
-    pid: int
+    process: ProcessId
     agent_pid: int | None
 
 
@@ -428,7 +428,9 @@ async def _told(request: KeeperRequest, launch: _Launch, probe: Probe) -> Starte
             said = _last_words(request, probe) if request.capture else ""
             raise error(f"session {request.sid}: {notice['detail']}{said}")
         if notice["event"] == last:
-            return Started(notice["pid"], notice.get("agent_pid"))
+            if launch.keeper is None:
+                break  # it was dead before it could be seen
+            return Started(launch.keeper, notice.get("agent_pid"))
     raise KeeperStartError(
         f"the keeper of session {request.sid} died while it started{_tail(request, probe)}"
     )
@@ -449,7 +451,7 @@ async def _watched(request: KeeperRequest, launch: _Launch, probe: Probe) -> Sta
         alive_since = (alive_since or loop.time()) if alive else None
         proven = alive_since is not None and loop.time() - alive_since >= AGENT_PROOF
         if proven or (listens and not request.ready):
-            return Started(keeper.pid, seen.agent.process.pid if seen.agent.process else None)
+            return Started(keeper, seen.agent.process.pid if seen.agent.process else None)
         await asyncio.sleep(_POLL)
     raise KeeperStartError(
         f"the keeper of session {request.sid} ended while it started{_tail(request, probe)}"

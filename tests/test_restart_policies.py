@@ -360,7 +360,7 @@ async def test_a_stop_while_it_is_started_again(
         if when.startswith("before"):
             await manager.stop("s")
         started = await really_start(request, probe)
-        pids.append(started.pid)
+        pids.append(started.process.pid)
         if when.startswith("after"):
             launches.forget(probe.folder, "s")  # what a stop does first, and then it is killed
         return started
@@ -376,6 +376,37 @@ async def test_a_stop_while_it_is_started_again(
         assert not any(map(alive, pids))
         assert bool(pids) == (node or when.startswith("after")), "ours begins no agent"
         assert not any(name.startswith("s.rpc") for name in os.listdir(folder))
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["started again", "spawned"])
+@asynchronous
+async def test_whoever_has_come_in_its_place_is_left_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, again: bool
+) -> None:
+    """It was stopped right after its start, and its name used again, before it saw that."""
+    manager = manager_of(folder)
+    others: list[SpawnedKeeper] = []
+
+    async def start(request: KeeperRequest, probe: Probe) -> Started:
+        started = await really_start(request, probe)
+        monkeypatch.undo()
+        await manager.stop("s")
+        others.append(await manager.spawn("s", agent_command=SINK, restart="always"))
+        return started
+
+    if again:
+        spawned = await manager.spawn("s", agent_command=SINK, restart="always")
+        monkeypatch.setattr(keeper, "start", start)
+        async with running(manager) as (_, told):
+            await keeper_is_killed(spawned, manager)
+            await happens(lambda: told.of("session.restart_failed", "s"))
+    else:
+        monkeypatch.setattr(keeper, "start", start)
+        with pytest.raises(FolderError, match="note down how session s"):
+            await manager.spawn("s", agent_command=SINK, restart="always")
+    (entry,) = await manager.discover()
+    assert entry.keeper_pid == others[0].keeper_pid
+    assert note_of(folder).exists()
 
 
 @pytest.mark.parametrize("through", ["manager", "reconciler", "program"])
