@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import as_nobody, root
@@ -256,3 +257,21 @@ def test_what_cannot_be_noted_down_is_refused(launch: Launch, told: str) -> None
 
 def test_a_launch_shows_no_arguments() -> None:
     assert "pi" not in repr(LAUNCH).replace("/tmp", "")
+
+
+def test_a_link_that_comes_between_the_look_and_the_opening_is_not_followed(
+    here: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches.write(here, "s", LAUNCH)
+    real = os.stat
+
+    def stat_and_swap(*args: Any, **options: Any) -> os.stat_result:  # noqa: ANN401 - os.stat's
+        status = real(*args, **options)
+        if args[0] == NAME:
+            os.rename(here.path / NAME, tmp_path / "moved")
+            (here.path / NAME).symlink_to(tmp_path / "moved")
+        return status
+
+    monkeypatch.setattr(os, "stat", stat_and_swap)
+    with pytest.raises(OSError, match="symbolic links"), opened(here, "s"):
+        pass
