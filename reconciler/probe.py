@@ -7,6 +7,7 @@ that was proven and is still the same stays proven.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from reconciler import launches
 from reconciler.agents import AgentProbe, Agents, Sighting
 from reconciler.facts import Processes
-from reconciler.folder import Folder
+from reconciler.folder import Folder, file_id
 from reconciler.identity import KNOWN_PROGRAMS, NOBODY, NOT_ASKED, Asked, Identity
 from reconciler.layout import Role, check_sid, file_name
 from reconciler.leftovers import Leftovers, leaves
@@ -152,11 +153,17 @@ class Probe:
 
     def _with_note(self, seen: Observation, before: Observation | None) -> Observation:
         """With the launch note: what is to become of a session once it is over."""
-        if self.folder.status(file_name(Role.LAUNCH, seen.sid)) is None:
+        status = None
+        with contextlib.suppress(OSError):  # the folder is closed to us: its other names say so
+            status = self.folder.status(file_name(Role.LAUNCH, seen.sid))
+        if status is None:
             return seen
+        known = before if before is not None and before.over == seen.over else None
+        if known and not seen.over and known.note.file == file_id(status):
+            return replace(seen, note=known.note, record=known.record)
         note, record = launches.look(self.folder, seen.sid, seen.now, over=seen.over)
-        if before is not None and before.over == seen.over:
-            note = _aged(note, before.note)
+        if known:
+            note = _aged(note, known.note)
         return replace(seen, note=note, record=record)
 
     def scan(self) -> Mapping[str, list[int]]:
