@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -44,11 +45,15 @@ from reconciler.facts import boot_id
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.launches import Launch
+from reconciler.layout import FOLDER_MARKER, folder_mark
 from reconciler.probe import Probe
+from reconciler.processes import SYSTEM
 from reconciler.restarts import RestartLimits, RestartPolicy
 from reconciler.spawning import OUR_KEEPER, KeeperRequest, Started
 from reconciler.spawning import start as really_start
 from reconciler.state import FileId, Policy, Session, Verdict
+
+CAMPAIGN = bool(os.environ.get("PI_RECONCILER_CAMPAIGN"))
 
 OBEYS = ("sh", "-c", 'read code; exit "$code"')
 """A stand-in agent that ends with the status that it is told."""
@@ -668,7 +673,7 @@ def program(folder: Path, *arguments: str) -> str:
 @pytest.fixture
 def quick(folder: Path, tmp_path: Path) -> Iterator[Daemon]:
     config = tmp_path / "config.toml"
-    config.write_text("[restart]\nfirst = 0.05\nmost = 3\nfarewell = 0.2\n")
+    config.write_text("[restart]\nfirst = 0.05\ncap = 0.1\nmost = 1000\nfarewell = 0.2\n")
     running = Daemon(folder, tmp_path / "daemon.log", "--config", str(config))
     yield running
     running.process.kill()
@@ -711,3 +716,81 @@ def test_the_example_of_the_docs(folder: Path, quick: Daemon) -> None:
 
 def plain(text: str) -> str:
     return re.sub(r" +", " ", re.sub(r"\d{2,}|\d+s", "N", text))
+
+
+class Scene:
+    """Sessions with a policy, and a daemon, to which things happen at random."""
+
+    def __init__(self, folder: Path, daemon: Daemon, seed: int) -> None:
+        self.folder = folder
+        self.manager = KeeperManager(folder)
+        self.wanted: set[str] = set()
+        self._mark = folder_mark(folder.stat().st_dev, folder.stat().st_ino)
+        self._daemon = daemon
+        self._random = random.Random(seed)
+        self._fates = (
+            *(self.keeper_is_killed, self.keeper_is_killed, self.agent_is_killed),
+            *(self.is_stopped_as_it_dies, self.comes_back, self.daemon_is_killed),
+        )
+
+    async def happens(self) -> None:
+        await self._random.choice(self._fates)()
+        await asyncio.sleep(self._random.random() * 0.15)
+
+    async def comes_back(self) -> None:
+        sid = self._random.choice(sorted(self._all - self.wanted) or [""])
+        if sid:
+            await self.manager.spawn(sid, agent_command=SINK, restart="always")
+            self.wanted.add(sid)
+
+    async def keeper_is_killed(self) -> None:
+        self._kill(self._one(), ".pid")
+
+    async def agent_is_killed(self) -> None:
+        self._kill(self._one(), ".pi-pid")
+
+    async def is_stopped_as_it_dies(self) -> None:
+        """Before, while or after it is started again."""
+        sid = self._one()
+        if sid:
+            self._kill(sid, ".pid")
+            await asyncio.sleep(self._random.random() * 0.15)
+            self.wanted.discard(sid)
+            await self.manager.stop(sid)
+
+    async def daemon_is_killed(self) -> None:
+        await asyncio.to_thread(self._daemon.crash_and_restart)
+
+    _all = frozenset(f"s{number}" for number in range(6))
+
+    def _one(self) -> str:
+        return self._random.choice(sorted(self.wanted) or [""])
+
+    def _kill(self, sid: str, ending: str) -> None:
+        """Kill what a pid file names, if it is of this folder still."""
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((self.folder / f"{sid}.rpc.sock{ending}").read_text())
+            keeper = SYSTEM.variable(pid, "PI_KEEPER_SESSIONS_DIR") == str(self.folder)
+            if keeper or SYSTEM.variable(pid, FOLDER_MARKER) == self._mark:
+                os.kill(pid, signal.SIGKILL)
+
+    def found(self) -> dict[str, Verdict]:
+        return {each.seen.sid: each.plan.verdict for each in self.manager.find()}
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(20 if CAMPAIGN else 1))
+@asynchronous
+async def test_all_that_are_wanted_live_and_no_other_whoever_is_killed(
+    folder: Path, quick: Daemon, seed: int
+) -> None:
+    scene = Scene(folder, quick, seed)
+    for _ in range(6):
+        await scene.comes_back()
+    for _ in range(100 if CAMPAIGN else 20):
+        await scene.happens()
+    expected = dict.fromkeys(scene.wanted, V.READY)
+    await happens(lambda: scene.found() == expected, "exactly the wanted ones live")
+    notes = {path.name for path in folder.glob("keeper-*.launch")}
+    assert notes == {f"keeper-{sid}.launch" for sid in scene.wanted}
