@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -227,10 +228,11 @@ async def start(request: KeeperRequest, probe: Probe) -> Started:
     """
     new_logs = _missing_logs(request, probe)
     try:
-        async with _launched(request, probe) as launch, asyncio.timeout(request.timeout):
-            if request.ours:
-                return await _told(request, launch, probe)
-            return await _watched(request, launch, probe)
+        with _turn(request, probe):
+            async with _launched(request, probe) as launch, asyncio.timeout(request.timeout):
+                if request.ours:
+                    return await _told(request, launch, probe)
+                return await _watched(request, launch, probe)
     except AlreadyRunningError:
         raise
     except TimeoutError:
@@ -243,6 +245,28 @@ async def start(request: KeeperRequest, probe: Probe) -> Started:
     except BaseException:
         _clean(request, probe, new_logs)
         raise
+
+
+@contextlib.contextmanager
+def _turn(request: KeeperRequest, probe: Probe) -> Iterator[None]:
+    """Start one keeper of another make at a time. One of ours takes a lock by itself.
+
+    Raises:
+        AlreadyRunningError: one is being started, or was before it was our turn.
+    """
+    if request.ours:
+        yield
+        return
+    sid = request.sid
+    with _launch_log(request, probe) as log:  # not the one that the keeper gets, and keeps open
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunningError(f"session {sid} is just being started") from None
+        seen = probe.look(sid, scanned=probe.scan().get(sid, ()))
+        if seen.keeper.state is KeeperState.PROVEN:
+            raise AlreadyRunningError(f"session {sid}: its keeper lives")
+        yield
 
 
 def _missing_logs(request: KeeperRequest, probe: Probe) -> list[str]:

@@ -652,6 +652,43 @@ async def test_another_keeper_that_finds_itself_second_goes_and_leaves_the_first
         assert processes_of(sid) == []
 
 
+@asynchronous
+async def test_keepers_of_another_make_are_started_one_at_a_time(
+    node_manager: KeeperManager, tmp_path: Path, sid: str
+) -> None:
+    """They take no lock: each would take the other's place, and one's end the other's files."""
+    second = tmp_path / "second"
+    alone = 'exec 9>"$0"; flock -n 9 || { echo > "$1"; exit 66; }; exec sleep 600'
+    agent = ("sh", "-c", alone, str(tmp_path / "lock"), str(second))
+    starts = (node_manager.spawn(sid, agent_command=agent) for _ in range(3))
+    done = await asyncio.gather(*starts, return_exceptions=True)
+    (spawned,) = (each for each in done if isinstance(each, SpawnedKeeper))
+    refused = [each for each in done if each is not spawned]
+    assert all(isinstance(each, AlreadyRunningError) for each in refused), refused
+    assert {str(each) for each in refused} == {f"session {sid} is just being started"}
+    (entry,) = await node_manager.discover()
+    assert entry.keeper_pid == spawned.keeper_pid
+    assert not second.exists(), "two agents lived at once"
+
+
+@asynchronous
+async def test_a_keeper_of_another_make_that_has_not_come_to_its_files_is_not_joined(
+    node_manager: KeeperManager, folder: Path, tmp_path: Path, sid: str
+) -> None:
+    """Whoever has started it was killed right then."""
+    slow = tmp_path / NODE_KEEPER.name
+    slow.write_text("setInterval(() => {}, 1e6)\n")
+    with (folder / f"keeper-launch-{sid}.log").open("w") as log:
+        first = await asyncio.create_subprocess_exec("node", slow, sid, stdout=log, stderr=log)
+    try:
+        await happens(lambda: processes_of(sid))
+        with pytest.raises(AlreadyRunningError):
+            await node_manager.spawn(sid, agent_command=SINK)
+    finally:
+        first.kill()
+        await first.wait()
+
+
 # Ending.
 
 
