@@ -420,16 +420,19 @@ class KeeperManager:
             sids = {sid for name in folder.names() if (sid := concerns(name))}
             looks = (suspects.look(probe, sid) for sid in sids | suspects.sids)
             return [
-                self._finding(seen)
+                self._finding(seen, folder)
                 for seen in sorted(looks, key=lambda seen: seen.sid)
                 if not seen.empty
             ]
 
-    def _finding(self, seen: Observation) -> Finding:
+    def _finding(self, seen: Observation, folder: Folder) -> Finding:
         """What a look comes to, for people: a single one takes ages from the files' own times.
 
         Nobody acts on it. Who acts counts from what it has seen itself.
         """
+        if not seen.note.present:  # a look that is in a hurry leaves it out
+            note, record = launches.look(folder, seen.sid, seen.now, over=seen.over)
+            seen = replace(seen, note=note, record=record)
         dated = replace(
             seen,
             pid_file=_dated(seen.pid_file, seen.now),
@@ -451,7 +454,7 @@ class KeeperManager:
                 probe = self.probe(folder)
                 seen = probe.scan_all().look(probe, sid)
                 if not seen.empty:
-                    return self._finding(seen)
+                    return self._finding(seen, folder)
         raise NoSuchSessionError(f"no session {sid} in {self.sessions_dir}")
 
     async def discover(self) -> list[KeeperEntry]:

@@ -53,7 +53,7 @@ def spawn(manager: KeeperManager, sid: str | None, **options: Any) -> Start:  # 
             _check_writable(folder)
             seen = manager.probe(folder).look(request.sid)
             manager.refuse_used(seen)
-            first = _cleared(seen, manager)
+            first = _cleared(seen, manager, folder)
     except FileNotFoundError:
         _check_place(manager.sessions_dir)
         first = [f"make the folder {manager.sessions_dir}"]
@@ -66,11 +66,14 @@ def spawn(manager: KeeperManager, sid: str | None, **options: Any) -> Start:  # 
     return Start(request.sid, found, str(request.cwd), socket, tuple(first))
 
 
-def _cleared(seen: Observation, manager: KeeperManager) -> list[str]:
+def _cleared(seen: Observation, manager: KeeperManager, folder: Folder) -> list[str]:
     """What of the session before would go, in words."""
-    actions = decide(seen, Desired.ABSENT, manager.policy).actions
-    note = ["remove its launch note"] if seen.record else []
-    return [*map(action_words, actions), *note]
+    words = [
+        action_words(action) for action in decide(seen, Desired.ABSENT, manager.policy).actions
+    ]
+    if folder.status(file_name(Role.LAUNCH, seen.sid)) is not None:
+        words.append("remove its launch note")
+    return words
 
 
 def _check_place(folder: Path) -> None:

@@ -685,6 +685,10 @@ def test_the_policy_outlives_the_daemon(folder: Path, quick: Daemon) -> None:
     quick.process.kill()
     quick.process.wait()
     os.kill(int((folder / "s.rpc.sock.pid").read_text()), signal.SIGKILL)
+    assert json.loads(program(folder, "ls", "--json"))[0]["restart"] == "on-failure"
+    assert "keeper-s.launch gone" in program(folder, "stop", "s", "--dry-run")
+    assert "would remove its launch note" in program(folder, "spawn", "s", "--dry-run", "--", *SINK)
+    assert note_of(folder).exists()
     quick.process = quick._start()
     until(lambda: quick.of("session.restarted", "s"), "it is started again")
     (row,) = json.loads(program(folder, "ls", "--json"))
