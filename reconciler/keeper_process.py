@@ -907,7 +907,10 @@ class Wire:
                 break
             self._serve(connection)
         if fd in self._connections:
-            self._poller.add(fd)
+            try:
+                self._poller.add(fd)
+            except OSError:  # the kernel has no memory, or no watch, left for it
+                self._fail(connection)
 
     def _refuse(self, connection: Connection, kind: str, message: str) -> None:
         """Close with bytes unread, which its client sees as a reset."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import json
@@ -447,6 +448,37 @@ def keeper_module() -> Any:  # noqa: ANN401 - nobody imports it
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_client_that_the_kernel_cannot_watch_any_more_is_refused_and_no_other(
+    tmp_path: Path,
+) -> None:
+    module = keeper_module()
+    listener = socket.create_server(str(tmp_path / "s"), family=socket.AF_UNIX)
+
+    class Poller:
+        def add(self, fd: int) -> None:
+            if fd != listener.fileno():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Log:
+        def say_rarely(self, *_: object, **__: object) -> None:
+            pass
+
+    reading, writing = os.pipe()
+    with listener, open(reading, "rb"), open(writing, "wb"):
+        listener.setblocking(False)
+        wire = module.Wire(Poller(), Log(), writing)
+        wire.open(listener)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "s"))
+            client.send(b"half a line" * 10)
+            wire.accept()
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+            wire.tick()
+            wire.serve()
+            assert wire.deadline() == float("inf"), "nothing of it is kept"
 
 
 @pytest.mark.parametrize("text", ["x", "\udcff", "\0", "\n", "ü", "😀", '"'])
