@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -88,23 +87,24 @@ class Desk:
 
 
 class _Keys:
-    """Which keeper was handed something of a message with a key: the newest ones."""
+    """Which keeper was handed something of a message with a key: the newest ones.
+
+    Without a lock, which a fork could leave locked.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._keepers: dict[tuple[str, str], tuple[int, int]] = {}
 
     def keeper(self, sid: str, key: str | None) -> tuple[int, int] | None:
         """The keeper's pid and start, or None: nothing was handed over, as far as is known."""
-        with self._lock:
-            return None if key is None else self._keepers.get((sid, key))
+        return None if key is None else self._keepers.get((sid, key))
 
     def handed(self, sid: str, key: str, keeper: tuple[int, int]) -> None:
         """Remember that this keeper was handed something."""
-        with self._lock:
-            self._keepers.pop((sid, key), None)
-            self._keepers[sid, key] = keeper
-            if len(self._keepers) > _KEYS_IN_MIND:
+        self._keepers.pop((sid, key), None)
+        self._keepers[sid, key] = keeper
+        if len(self._keepers) > _KEYS_IN_MIND:
+            with contextlib.suppress(KeyError, RuntimeError):  # another thread was faster
                 del self._keepers[next(iter(self._keepers))]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Self
@@ -58,6 +61,10 @@ class Lanes:
     """First come, first served, session by session; across threads and event loops."""
 
     def __init__(self) -> None:
+        self._begin()
+        _EVERY.add(self)
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._lanes: dict[str, _Lane] = {}
 
@@ -127,3 +134,16 @@ class Lanes:
                 lane.streams.remove(link)
                 if not lane.turns and not lane.streams:
                     del self._lanes[sid]
+
+
+_EVERY: weakref.WeakSet[Lanes] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Whoever writes, or waits to, is a thread of the parent's: in the child nobody does."""
+    for lanes in tuple(_EVERY):
+        lanes._begin()  # noqa: SLF001 - our own
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_after_fork)

@@ -249,11 +249,12 @@ class RpcStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._exchange.abandon()
-            return
-        with self._exchange.unbroken():
-            await run_async(self._exchange.finishing, deadline_of(self._timeout))
+        try:
+            if kind is None:
+                with self._exchange.unbroken():
+                    await run_async(self._exchange.finishing, deadline_of(self._timeout))
+        finally:
+            self._exchange.abandon()  # if it has not ended: nobody else comes to end it
 
 
 class BlockingRpcStream:
@@ -288,11 +289,12 @@ class BlockingRpcStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._exchange.abandon()
-            return
-        with self._exchange.unbroken():
-            run_blocking(self._exchange.finishing, deadline_of(self._timeout))
+        try:
+            if kind is None:
+                with self._exchange.unbroken():
+                    run_blocking(self._exchange.finishing, deadline_of(self._timeout))
+        finally:
+            self._exchange.abandon()  # if it has not ended: nobody else comes to end it
 
 
 async def _tried(

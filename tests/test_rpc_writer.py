@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import WAIT
 from delivery_scene import (
     FACES,
     HASTY,
@@ -940,6 +942,58 @@ def test_a_write_cancelled_before_its_turn_does_not_hold_up_the_next(scene: Scen
 
     asyncio.run(run())
     until(lambda: scene.keepers[0].lines() == [b'{"n":0}', b'{"n":2}'])
+
+
+def test_a_stream_whose_closing_is_cancelled_is_abandoned(scene: Scene) -> None:
+    keeper = scene.keeper("ours")
+    keeper.process.stop()
+
+    async def closing(writer: RpcWriter) -> None:
+        async with writer.stream(SID) as stream:
+            await stream.send({"n": 1})
+
+    async def run() -> None:
+        writer = RpcWriter(scene.folder, policy=PATIENT)
+        before = open_descriptors()
+        task = asyncio.create_task(closing(writer))
+        await moment(scene, RECEIPT)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert open_descriptors() == before
+        assert len(writer._desk.lanes) == 0
+
+    asyncio.run(run())
+    keeper.process.go_on()
+
+
+def test_a_stream_whose_closing_is_interrupted_is_abandoned(scene: Scene) -> None:
+    keeper = scene.keeper("ours")
+    keeper.process.stop()
+    writer = BlockingRpcWriter(scene.folder, policy=PATIENT)
+    before = open_descriptors()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    scene.at(RECEIPT, interrupt)
+    with pytest.raises(KeyboardInterrupt), writer.stream(SID):
+        pass
+    assert open_descriptors() == before
+    assert len(writer._desk.lanes) == 0
+    keeper.process.go_on()
+
+
+def test_a_forked_child_waits_for_no_thread_of_its_parent(scene: Scene) -> None:
+    scene.fake(Behaviour.RECEIPT)
+    writer = BlockingRpcWriter(scene.folder)
+    lanes = writer._desk.lanes
+    with lanes.turn(SID), lanes._lock:  # as another thread may hold both when it is forked
+        child = os.fork()
+        if child == 0:
+            signal.alarm(int(WAIT))  # ends it, should it wait all the same
+            os._exit(not writer.write(SID, {"n": 1}, timeout=5).delivered)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_send_cancelled_before_its_turn_was_never_sent(scene: Scene) -> None:
