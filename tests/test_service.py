@@ -141,9 +141,32 @@ def test_what_it_is_told_goes_into_the_unit(place: Place) -> None:
     assert "a service does not get PI_RECONCILER_RESYNC" in done.stderr
 
 
-def test_the_dashboards_own_variable_is_one_that_a_service_does_not_get(place: Place) -> None:
-    assert place.run("install", PI_DASHBOARD_HOME="/srv/pi").returncode == 0
-    assert "--sessions-dir /srv/pi/.pi/dashboard/sessions" in place.unit.read_text()
+@pytest.mark.parametrize(
+    ("variable", "value", "folder"),
+    [
+        ("PI_DASHBOARD_HOME", "/srv/pi", "/srv/pi/.pi/dashboard/sessions"),
+        ("PI_RECONCILER_SESSIONS_DIR", "/srv/sessions", "/srv/sessions"),
+    ],
+)
+@pytest.mark.parametrize("file", ["", 'sessions_dir = "/srv/by-file"'], ids=["no file", "file"])
+def test_a_folder_that_a_variable_names_is_one_that_a_service_has_to_be_told(
+    place: Place, variable: str, value: str, folder: str, file: str
+) -> None:
+    config = place.home / ".config" / "pi-reconciler" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text(file)
+    assert place.run("install", **{variable: value}).returncode == 0
+    beats = not file or variable != "PI_DASHBOARD_HOME"
+    told = re.findall(r"^ExecStart=.*--sessions-dir (\S+)", place.unit.read_text(), re.MULTILINE)
+    assert told == ([folder] if beats else []), "what the file says a service knows by itself"
+
+
+def test_settings_that_only_this_shell_finds_are_named(place: Place) -> None:
+    config = place.home / "mine" / "pi-reconciler" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text("resync = 30")
+    done = place.run("install", "--dry-run", XDG_CONFIG_HOME=str(place.home / "mine"))
+    assert f"run --log-form json --config {config}\n" in done.stdout, done.stderr
 
 
 def test_hardening_comes_and_goes(place: Place) -> None:

@@ -154,14 +154,17 @@ def _do(steps: list[Step], *, dry_run: bool) -> None:
 
 def _options(given: Common) -> tuple[str, ...]:
     """What `run` has to be told, since a service does not get this shell's variables."""
+    from reconciler.layout import sessions_dir
+    from reconciler.settings import default_path
+
     options: tuple[str, ...] = ()
-    here = given.folder().absolute()
-    if here != Path.home() / ".pi" / "dashboard" / "sessions" and (
-        given.sessions_dir or os.environ.get("PI_DASHBOARD_HOME", "").strip()
-    ):
+    sources, here = given.sources, given.folder().absolute()
+    unasked = sources._replace(variables={}).settings().sessions_dir
+    if here != (unasked or sessions_dir({}, Path.home())).absolute():
         options += ("--sessions-dir", str(here))
-    if given.sources.named:
-        options += ("--config", str(given.sources.path.absolute()))
+    path = sources.path.absolute()
+    if sources.named or (sources.text and path != default_path({}).absolute()):
+        options += ("--config", str(path))
     return options
 
 
