@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import click
@@ -35,6 +35,20 @@ _COMMANDS: Mapping[str, tuple[str, ...]] = {
 
 _ALIASES = {"ps": "ls"}
 
+_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("help", "version"), "--{}"),
+    **dict.fromkeys(("list", "jlist"), "ls"),
+    **dict.fromkeys(("start", "create", "new"), "spawn"),
+    **dict.fromkeys(("kill", "rm", "delete", "end"), "stop"),
+    **dict.fromkeys(("send", "prompt", "attach"), "write"),
+    **dict.fromkeys(("show", "describe"), "inspect"),
+    **dict.fromkeys(("tail", "log"), "logs"),
+    **dict.fromkeys(("install", "enable"), "service install"),
+    **dict.fromkeys(("daemon", "serve"), "run"),
+    "restart": "stop, then spawn",
+}
+"""What docker, systemctl, pm2 and the like call it, and what it is here."""
+
 
 class Group(click.Group):
     """The command group: commands by name, aliases, and an end by Ctrl-C that says so once."""
@@ -53,6 +67,16 @@ class Group(click.Group):
         )
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; for a name that is none, say which may be meant."""
+        name = args[0]
+        known = name.startswith("-") or self.get_command(ctx, name) is not None
+        if not known and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {name!r}{_meant(name, self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Show the commands under their headings."""
         width = formatter.width - 6 - max(map(len, self.list_commands(ctx)))
@@ -69,6 +93,20 @@ class Group(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise click.Abort from None
+        except click.UsageError as error:
+            if error.ctx is None and (name := ctx.invoked_subcommand):  # click does not say where
+                error.ctx = click.Context(cli, parent=ctx, info_name=name)
+            raise
+
+
+def _meant(name: str, commands: Iterable[str]) -> str:
+    """What somebody may have meant by the name of a command that is none."""
+    if here := _ELSEWHERE.get(name):
+        return f", it is {here.format(name)} here"
+    import difflib
+
+    near = difflib.get_close_matches(name, commands, cutoff=0.7)
+    return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 @click.group(
@@ -122,9 +160,12 @@ def main() -> NoReturn:
 def _end(error: Exception) -> NoReturn:
     """End as an error asks for."""
     match error:
+        case click.NoSuchOption(option_name=name, ctx=click.Context(parent=None)):
+            fail(f"No such option {name!r} before the command (see pi-reconciler --help)", USAGE)
         case click.UsageError():
             command = error.ctx.command_path if error.ctx else "pi-reconciler"
-            fail(f"{error.format_message().rstrip('.')} (see {command} --help)", USAGE)
+            words = " ".join(error.format_message().split()).rstrip(".")
+            fail(f"{words} (see {command} --help)", USAGE)
         case InvalidSessionIdError() | InvalidRequestError():
             fail(str(error), USAGE)
         case NoSuchSessionError():

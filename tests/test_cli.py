@@ -21,9 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from conftest import WAIT, alive, bare_socket, end_all, stale_pair, until
 
+from reconciler.cli import _ALIASES, _ELSEWHERE
+from reconciler.cli import cli as group
 from reconciler.state import Policy
 from reconciler.testing import Behaviour, FakeKeeper
 
@@ -723,6 +726,24 @@ def test_run_makes_the_folder_that_it_holds_for_its_user_alone(cli: Cli) -> None
         assert stat.S_IMODE(cli.folder.stat().st_mode) == 0o700
 
 
+def test_run_tells_of_a_folder_that_cannot_be_made_and_waits_for_it(
+    cli: Cli, tmp_path: Path
+) -> None:
+    base, disk = tmp_path / "base", tmp_path / "disk"
+    base.symlink_to(disk)
+    folder = base / "sessions"
+    with cli.started(
+        "run", "--resync", "0.1", "--sessions-dir", folder, stdout=subprocess.PIPE
+    ) as daemon:
+        (line, _) = lines_of(daemon, "reconciler.started")
+        assert (line["event"], line["reason"]) == (
+            "folder.unusable",
+            f"cannot be made: {base}: File exists",
+        )
+        (disk / "sessions").mkdir(parents=True, mode=0o700)
+        until(lambda: cli("status", "--sessions-dir", folder).code == 0, "it holds the folder")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_ends_with_0_at_a_signal_and_leaves_the_living(
     cli: Cli, number: signal.Signals
@@ -884,7 +905,35 @@ def test_run_says_when_its_metrics_cannot_be_exposed(cli: Cli) -> None:
 
 def test_an_unknown_command_is_wrong_usage(cli: Cli) -> None:
     assert "No such command 'bogus'" in cli.fails(2, "bogus")
-    assert "No such option '--bogus'" in cli.fails(2, "--bogus")
+    assert "No such option '--bogus' before the command" in cli.fails(2, "--bogus")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("statu",), "No such command 'statu', did you mean status? (see pi-reconciler --help)"),
+        (("st",), "No such command 'st' (see pi-reconciler --help)"),
+        (("start", "x"), "No such command 'start', it is spawn here (see pi-reconciler --help)"),
+        (("help",), "No such command 'help', it is --help here (see pi-reconciler --help)"),
+        (("--json", "ls"), "No such option '--json' before the command (see pi-reconciler --help)"),
+        (("ls", "--jsn"), "No such option '--jsn'. Did you mean '--json'? (see pi-reconciler ls"),
+        (("logs", "x", "-n"), "Option '-n' requires an argument (see pi-reconciler logs --help)"),
+        (("completion",), "Choose from: bash, zsh, fish (see pi-reconciler completion --help)"),
+    ],
+)
+def test_who_mistypes_is_told_what_there_is(
+    cli: Cli, arguments: tuple[str, ...], words: str
+) -> None:
+    told = cli.fails(2, *arguments)
+    assert words in told
+    assert told.count("\n") == 1
+
+
+def test_what_it_is_called_elsewhere_leads_to_what_is_here() -> None:
+    """And what is here is not called something else."""
+    here = set(group.list_commands(click.Context(group))) | {"--{}"}
+    assert {re.split("[ ,]", meant)[0] for meant in _ELSEWHERE.values()} <= here
+    assert not _ELSEWHERE.keys() & (here | _ALIASES.keys())
 
 
 @pytest.mark.parametrize("command", [("ls",), ("ls", "--json"), ("--help",), ("run", "--once")])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from reconciler.controller import Reconciler
     from reconciler.exposition import Exposition
+    from reconciler.keeper import KeeperManager
     from reconciler.metrics import Metrics
     from reconciler.reloads import Reloads
     from reconciler.settings import Settings
@@ -141,9 +142,7 @@ def run(
     log = _log(given, about_log)
     exposition = _exposition(settings, metrics, public=metrics_public)
     manager = given.manager()
-    if not (once or dry_run):
-        with contextlib.suppress(OSError):  # then it waits for the folder, and says so
-            manager.make_folder()
+    unmade = "" if once or dry_run else _make_folder(manager)
     reconciler = Reconciler(
         manager,
         resync=resync or settings.resync,
@@ -153,6 +152,10 @@ def run(
         metrics=_counting() if exposition else None,
         control=True,
     )
+    if unmade:
+        reconciler.log.warning(
+            "folder.unusable", folder=str(manager.sessions_dir), reason=f"cannot be made: {unmade}"
+        )
     about_metrics = {
         "metrics.address": "{}:{}".format(*metrics) if metrics else None,
         "metrics.public": metrics_public or None,
@@ -165,6 +168,15 @@ def run(
     gc.freeze()  # a full collection holds the loop up: it need not walk all that was imported
     gc.enable()
     asyncio.run(_serve(reconciler, reloads, exposition, once=once))
+
+
+def _make_folder(manager: KeeperManager) -> str:
+    """Make the sessions folder; why it cannot be made, which is no end: it is waited for."""
+    try:
+        manager.make_folder()
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return ""
 
 
 @contextlib.contextmanager

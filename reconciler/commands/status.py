@@ -30,7 +30,7 @@ def status(given: Common, *, as_json: bool) -> None:
 
     \b
     How does it stand?                pi-reconciler status
-    In a script:                      pi-reconciler status --quiet || pi-reconciler run &
+    In a script:                      pi-reconciler status > /dev/null || pi-reconciler run &
     What did it do so far?            pi-reconciler status --json | jq .counts
 
     \b
