@@ -71,8 +71,7 @@ class Note:
         """
         self._folder, self._name, self._descriptor = folder, file_name(Role.LAUNCH, sid), descriptor
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise NoNoteError("no file of ours")
+        _refuse(status)
         if status.st_size > LIMIT:
             raise NoNoteError(f"larger than {LIMIT} bytes")
         text = os.pread(descriptor, LIMIT, 0)
@@ -110,14 +109,21 @@ def opened(folder: Folder, sid: str, *, to_write: bool = False) -> Iterator[Note
     """
     name = file_name(Role.LAUNCH, sid)
     status = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-        raise NoNoteError("no file of ours")
+    _refuse(status)
     flags = _OPEN | (os.O_RDWR if to_write else os.O_RDONLY)
     descriptor = os.open(name, flags, dir_fd=folder.fd)
     try:
         yield Note(folder, sid, descriptor)
     finally:
         os.close(descriptor)
+
+
+def _refuse(status: os.stat_result) -> None:
+    """Refuse what is no file of ours, or one that says what others would have us run."""
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        raise NoNoteError("no file of ours")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NoNoteError("others may write to it: chmod 600")
 
 
 def look(folder: Folder, sid: str, now: float, *, over: bool) -> tuple[Entry, RestartRecord | None]:

@@ -178,6 +178,18 @@ def test_another_users_note_is_neither_read_nor_removed(here: Folder) -> None:
     assert (here.path / NAME).exists()
 
 
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_note_that_others_may_write_to_is_not_obeyed(here: Folder, mode: int) -> None:
+    """They would choose what runs as us. The folder lets nobody in to make one, only to open it."""
+    path = here.path / NAME
+    path.write_text(good())
+    path.chmod(mode)
+    entry, record = launches.look(here, "s", 0.0, over=True)
+    assert (entry.kind, record) == (EntryKind.HOSTILE, None)
+    assert entry.detail == "others may write to it: chmod 600"
+    assert launches.forget(here, "s"), "it is ours to remove"
+
+
 @root
 def test_a_note_that_cannot_be_read_is_not_known(here: Folder) -> None:
     os.chown(here.path, 65534, 65534)
