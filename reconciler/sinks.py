@@ -289,8 +289,8 @@ def flush(seconds: float = PATIENCE) -> int:
 
 @atexit.register
 def _leave() -> None:
-    """Say on standard error what nobody took, if that takes it at once."""
-    left = flush()
+    """Say on standard error what nobody took, and no line has told of; if that takes it at once."""
+    left = flush() + sum(writer.lost for writer in tuple(_WRITERS) if writer.trouble)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be none
         poll = select.poll()
         poll.register(sys.stderr.fileno(), select.POLLOUT)

@@ -199,6 +199,20 @@ def test_the_end_waits_for_lines_but_not_for_long_and_says_how_many_are_left(pip
     assert left
 
 
+def test_the_end_says_what_a_full_disk_did_not_take() -> None:
+    code = (
+        "import sys; from reconciler.logs import make_logger\n"
+        "log = make_logger(sys.stdout, form='json')\n"
+        "for number in range(3): log.info('event.name', number=number)\n"
+    )
+    with (
+        open("/dev/full", "wb") as full,
+        in_a_process(code, stdout=full, stderr=subprocess.PIPE) as process,
+    ):
+        _, err = process.communicate(timeout=WAIT)
+    assert err == b"pi-reconciler: 3 log lines could not be written before the end\n"
+
+
 def test_after_a_fork_each_writes_its_own_lines_once(tmp_path: Path) -> None:
     code = (
         "import os, sys; from reconciler.logs import make_logger\n"
