@@ -293,7 +293,9 @@ class KeeperManager:
         launch, now = note.launch, time.monotonic()
         tries = (*recent(note.record.restarts, now, self.restart_limits), now)
         record = replace(note.record, this_boot=True, restarts=tries)
-        note.write(record)
+        # Should we be killed now, then what the log says last of the boot before counts no more:
+        # all were asked to end then, and this session is none that is over for good.
+        note.write(record, failed=not note.record.this_boot)
         request = KeeperRequest(
             sid=sid,
             cwd=Path(launch.cwd),
@@ -318,6 +320,8 @@ class KeeperManager:
         if not note.stands():
             await self._take_back(sid, started, probe)
             raise NoSuchSessionError(f"session {sid}: it was stopped while it was started again")
+        if note.failed:
+            note.write(record)
         socket = socket_address(self.sessions_dir, sid)
         return SpawnedKeeper(sid, started.process.pid, started.agent_pid, socket)
 

@@ -619,6 +619,35 @@ async def test_what_was_started_in_an_earlier_boot_is_started_again(folder: Path
 
 
 @asynchronous
+async def test_a_daemon_that_is_killed_as_it_starts_what_was_started_in_an_earlier_boot(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the session's log says last was said when the machine went down: no stop even now."""
+    manager = manager_of(folder)
+    spawned = await manager.spawn("s", agent_command=SINK, restart="on-failure")
+    await keeper_is_asked(spawned, manager)
+    await happens(lambda: not alive(spawned.keeper_pid))
+    note = note_of(folder)
+    note.write_text(note.read_text().replace(boot_id(), "another"))
+
+    async def killed(*_: object) -> Started:
+        raise asyncio.CancelledError  # nothing that follows is done
+
+    with monkeypatch.context() as patched, Folder(folder) as here:
+        patched.setattr(keeper, "start", killed)
+        entry, _ = launches.look(here, "s", 0.0, over=True)
+        assert entry.file is not None
+        with pytest.raises(asyncio.CancelledError):
+            await manager.start_again("s", entry.file)
+    async with running(manager) as (reconciler, told):
+        row = await soon(reconciler.wait_for("s", is_in(V.READY)))
+        assert told.of("session.restarted", "s")
+        os.kill(row.keeper_pid or 0, signal.SIGTERM)  # and that is a stop
+        await soon(reconciler.wait_for("s", is_in(V.ABSENT)))
+        assert not note.exists()
+
+
+@asynchronous
 async def test_the_old_agent_is_dead_before_the_new_session_begins(folder: Path) -> None:
     """Another make's keeper leaves its agent behind."""
     manager = manager_of(folder, command=NODE)
