@@ -81,7 +81,8 @@ def at_rest(fault: Fault, daemon: Hampered) -> None:
     cpu, lines = daemon.cpu(), len(daemon.lines)
     time.sleep(seconds)  # what is measured is how little happens
     share, more = (daemon.cpu() - cpu) / seconds, len(daemon.lines) - lines
-    fault.holds(share < 0.05, f"{share:.1%} of a processor at rest")
+    # One that spins takes all of it; a few tries a second on a busy machine, some hundredths.
+    fault.holds(share < 0.2, f"{share:.1%} of a processor at rest")
     fault.holds(more <= 8, f"{more} lines at rest")  # what is told to bind is so ever less often
 
 
