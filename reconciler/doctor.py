@@ -107,7 +107,7 @@ class FolderFacts:
     Attributes:
         path: where it is.
         there: it exists.
-        error: why it cannot be opened, or nothing.
+        error: why it cannot be opened, or not be made, or nothing.
         distrust: why it must not be acted upon, or nothing.
         closed: its mode keeps us from its entries.
         sessions: how many have a socket or a pid file there.
@@ -124,6 +124,9 @@ class FolderFacts:
 def judge_folder(facts: FolderFacts) -> Diagnosis:
     """Whether the folder is there, ours, and nobody else's."""
     path, quoted = str(facts.path), shlex.quote(str(facts.path))
+    if not facts.there and facts.error:
+        advice = f"mkdir -p -m 700 {quoted} as who may, for you; or name another: --sessions-dir"
+        return problem("folder", f"{path} is not there, and {facts.error}", advice)
     if not facts.there:
         return ok("folder", f"{path} is not there yet: the daemon or the first session makes it")
     if facts.error:

@@ -119,7 +119,10 @@ def _folder(patient: Patient) -> Diagnosis:
                 FolderFacts(path=path, distrust=distrust, closed=closed, sessions=sessions)
             )
     except FileNotFoundError:
-        return judge_folder(FolderFacts(path=path, there=False))
+        above = _nearest(path)
+        may = os.access(above, os.W_OK | os.X_OK)
+        error = "" if may else f"you may make none in {above}"
+        return judge_folder(FolderFacts(path=path, there=False, error=error))
     except OSError as error:
         return judge_folder(FolderFacts(path=path, error=error.strerror or str(error)))
 

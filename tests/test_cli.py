@@ -299,6 +299,13 @@ def test_spawn_refuses_in_one_line_and_leaves_nothing(cli: Cli, tmp_path: Path) 
         assert sorted(cli.folder.iterdir()) == before, arguments
 
 
+def test_spawn_says_how_to_learn_what_an_agent_said_that_ends_at_once(cli: Cli) -> None:
+    failing = ("spawn", "a", "--", "sh", "-c", "echo no key; exit 3")
+    ended = "pi-reconciler: session a: the agent ended with code 3 within 300 ms; "
+    assert cli.fails(1, *failing) == f"{ended}with --capture it is told what it said\n"
+    assert cli.fails(1, "spawn", "--capture", *failing[1:]) == f"{ended}it said: no key\n"
+
+
 def test_spawn_refuses_a_session_that_runs(cli: Cli) -> None:
     pid = cli.spawn("demo")
     assert f"session demo is running already, its keeper is {pid}" in cli.fails(
@@ -600,6 +607,7 @@ def test_stop_ends_several_at_once_and_returns_when_they_are_gone(cli: Cli) -> N
         ("b", True, pids["b"]),
         ("a", True, pids["a"]),
     ]
+    assert [one["leftover_count"] for one in ended.json] == [0, 0]
     assert not alive(pids["a"])
     assert not alive(pids["b"])
     assert alive(pids["c"])

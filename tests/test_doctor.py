@@ -76,6 +76,12 @@ def service(**facts: object) -> Diagnosis:
         ),
         (folder(sessions=3), "ok", "/a b, nobody else's, sessions: 3", ""),
         (folder(there=False), "ok", "is not there yet", ""),
+        (
+            folder(there=False, error="you may make none in /"),
+            "problem",
+            "/a b is not there, and you may make none in /",
+            "mkdir -p -m 700 '/a b'",
+        ),
         (folder(error="Not a directory"), "problem", "Not a directory", "ls -ld '/a b'"),
         (folder(distrust="mode 0777"), "problem", "mode 0777", "only looks on"),
         (folder(closed=True), "problem", "keeps you out", "chmod u+rwx '/a b'"),

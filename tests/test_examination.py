@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import WAIT, asynchronous, bare_socket
+from conftest import WAIT, as_nobody, asynchronous, bare_socket
 from terminal import a_terminal
 from test_cli import Cli, cli, lines_of
 
@@ -59,6 +59,16 @@ def test_a_folder_that_is_not_there_is_not_made(patient: Patient) -> None:
     for diagnosis in examine(replace(patient, sessions_dir=missing)):
         assert diagnosis.state is not State.PROBLEM, diagnosis
     assert not missing.exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="another user is needed")
+def test_a_folder_that_the_user_may_not_make_is_a_problem(patient: Patient) -> None:
+    with as_nobody():
+        told = of("folder", replace(patient, sessions_dir=Path("/none/sessions")))
+    assert (told.state, told.found) == (
+        State.PROBLEM,
+        "/none/sessions is not there, and you may make none in /",
+    )
 
 
 def test_a_folder_that_others_may_write_to_is_a_problem(patient: Patient) -> None:

@@ -92,7 +92,7 @@ def logs(
     \b
     The last hour of it:              pi-reconciler logs demo --since 1h
     As it goes on:                    pi-reconciler logs demo -f
-    Why a session does not start:     pi-reconciler logs demo --launch
+    Why its keeper does not start:    pi-reconciler logs demo --launch
     The agent's lines alone:          pi-reconciler logs demo --json | jq -r 'select(.line).line'
     """  # noqa: D301 - click wants the real character
     from reconciler.layout import Role, check_sid, file_name

@@ -18,6 +18,7 @@ from reconciler.console import (
     pass_common,
     print_json,
 )
+from reconciler.errors import AgentExitedError
 
 if TYPE_CHECKING:
     from reconciler.keeper import KeeperManager
@@ -103,7 +104,12 @@ def spawn(
     if dry_run:
         _rehearse(manager, sid, options, as_json=as_json)
         return
-    spawned = asyncio.run(manager.spawn(sid, **options))
+    try:
+        spawned = asyncio.run(manager.spawn(sid, **options))
+    except AgentExitedError as error:
+        if capture:
+            raise
+        raise AgentExitedError(f"{error}; with --capture it is told what it said") from error
     told = {
         "sid": spawned.sid,
         "keeper_pid": spawned.keeper_pid,

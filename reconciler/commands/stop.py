@@ -84,8 +84,8 @@ def _tell(results: list[tuple[int, dict[str, Any]]], *, as_json: bool, dry_run: 
         elif dry_run and not as_json:
             click.echo(f"would stop {result['sid']}: {_words(result)}")
         elif not as_json:
-            others = f", with {result['leftovers']} more that it had started"
-            confirm(f"{result['sid']} stopped{others if result['leftovers'] else ''}")
+            others = f", with {result['leftover_count']} more that it had started"
+            confirm(f"{result['sid']} stopped{others if result['leftover_count'] else ''}")
     if failed := [code for code, _ in results if code]:
         sys.exit(NO_SUCH_SESSION if set(failed) == {NO_SUCH_SESSION} else FAILURE)
 
@@ -141,7 +141,7 @@ async def _stop_all(
             "stopped": True,
             "keeper_pid": stopped.keeper_pid,
             "elapsed_ms": elapsed,
-            "leftovers": stopped.leftovers,
+            "leftover_count": stopped.leftovers,
         }
 
     return list(await asyncio.gather(*map(one, sids)))
