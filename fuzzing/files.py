@@ -19,12 +19,13 @@ from reconciler.folder import PID_FILE_LIMIT, Folder
 from reconciler.ladder import Ladder
 from reconciler.layout import PREFIX
 from reconciler.logs import LogSettings
+from reconciler.observations import Entry, EntryKind
 from reconciler.processes import SYSTEM
 from reconciler.registry import Registry
 from reconciler.rpc_writer import WritePolicy
 from reconciler.schema import KEYS, TABLES
 from reconciler.settings import Settings, SettingsError, Sources, parse
-from reconciler.state import Entry, EntryKind, Policy
+from reconciler.state import Policy
 
 LARGEST_PID = 2**31 - 1
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - folders of our own in it

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from reconciler.keeper import StoppedSession as StoppedSession
     from reconciler.ladder import Ladder as Ladder
     from reconciler.layout import InvalidSessionIdError as InvalidSessionIdError
+    from reconciler.observations import Observation as Observation
+    from reconciler.plans import Plan as Plan
+    from reconciler.plans import Verdict as Verdict
     from reconciler.restarts import RestartLimits as RestartLimits
     from reconciler.rpc_writer import Attempt as Attempt
     from reconciler.rpc_writer import Delivery as Delivery
@@ -45,13 +48,10 @@ if TYPE_CHECKING:
     from reconciler.rpc_writer import RpcWriter as RpcWriter
     from reconciler.rpc_writer import StreamBrokenError as StreamBrokenError
     from reconciler.rpc_writer import WritePolicy as WritePolicy
+    from reconciler.sessions import Session as Session
+    from reconciler.sessions import SessionTable as SessionTable
     from reconciler.state import Desired as Desired
-    from reconciler.state import Observation as Observation
-    from reconciler.state import Plan as Plan
     from reconciler.state import Policy as Policy
-    from reconciler.state import Session as Session
-    from reconciler.state import SessionTable as SessionTable
-    from reconciler.state import Verdict as Verdict
 
 __version__ = "0.1.0"
 
@@ -74,6 +74,8 @@ _HOMES = {
     "keeper": ("Finding", "KeeperEntry", "KeeperManager", "SpawnedKeeper", "StoppedSession"),
     "ladder": ("Ladder",),
     "layout": ("InvalidSessionIdError",),
+    "observations": ("Observation",),
+    "plans": ("Plan", "Verdict"),
     "restarts": ("RestartLimits",),
     "rpc_writer": (
         "Attempt",
@@ -88,15 +90,8 @@ _HOMES = {
         "StreamBrokenError",
         "WritePolicy",
     ),
-    "state": (
-        "Desired",
-        "Observation",
-        "Plan",
-        "Policy",
-        "Session",
-        "SessionTable",
-        "Verdict",
-    ),
+    "sessions": ("Session", "SessionTable"),
+    "state": ("Desired", "Policy"),
 }
 _ROOM_OF = {name: room for room, names in _HOMES.items() for name in names}
 

@@ -14,9 +14,7 @@ from typing import NamedTuple
 from reconciler.facts import Facts, Life, Processes
 from reconciler.identity import KNOWN_PROGRAMS
 from reconciler.layout import SESSION_MARKER, keeper_arguments
-from reconciler.processes import SYSTEM
-from reconciler.registry import Registry
-from reconciler.state import (
+from reconciler.observations import (
     Agent,
     AgentState,
     Entry,
@@ -26,6 +24,8 @@ from reconciler.state import (
     Observation,
     ProcessId,
 )
+from reconciler.processes import SYSTEM
+from reconciler.registry import Registry
 
 AgentProbe = Callable[[str, int], bool | None]
 """The caller's own word on an agent: session id and keeper's pid → alive, gone (False), or

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+from reconciler.observations import FileId
 from reconciler.ranges import Range
-from reconciler.state import FileId
 
 _BYTES = Range(64 << 10, 1 << 50, "a whole number of bytes")
 _AGE = Range(60, 100 * 366 * 86_400, "seconds")

@@ -28,7 +28,7 @@ from reconciler.folder import Answer, Folder
 from reconciler.layout import CONTROL_SOCKET
 from reconciler.logs import SEVERITIES, as_json
 from reconciler.reports import ACTIONS, Log
-from reconciler.state import SessionTable
+from reconciler.sessions import SessionTable
 
 MOST_LISTENERS = 16
 """How many are told of events at a time; one more is told the status, and hung up on."""

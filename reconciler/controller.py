@@ -33,25 +33,15 @@ from reconciler.keeper import KeeperManager, SpawnedKeeper, StoppedSession, proc
 from reconciler.layout import CONCERN, Role, check_sid, parse_name
 from reconciler.leftovers import forget_wish
 from reconciler.logs import get_logger
+from reconciler.observations import KeeperState, Observation, ProcessId
+from reconciler.plans import Instant, Plan, Restart, Stop, Verdict
 from reconciler.probe import NO_SUSPECTS, Suspects
 from reconciler.removal import is_taken, recover
 from reconciler.reports import Log, Reporter
 from reconciler.retries import FIRST, Retries
 from reconciler.served import Served
-from reconciler.state import (
-    Desired,
-    Instant,
-    KeeperState,
-    Observation,
-    Plan,
-    ProcessId,
-    Restart,
-    Session,
-    SessionTable,
-    Stop,
-    Verdict,
-    decide,
-)
+from reconciler.sessions import Session, SessionTable
+from reconciler.state import Desired, decide
 from reconciler.sweep import LogSweeper
 from reconciler.watcher import LOOK_AT_ALL, SessionsWatcher
 

@@ -27,10 +27,12 @@ from reconciler.keeper import KeeperManager, SpawnedKeeper, processes_of
 from reconciler.ladder import Ladder
 from reconciler.layout import CLAIM, Role, file_name, sessions_dir
 from reconciler.logs import make_logger
+from reconciler.observations import ProcessId
+from reconciler.plans import Verdict
 from reconciler.processes import Target, is_over
 from reconciler.rpc_writer import RpcWriter
+from reconciler.sessions import Session
 from reconciler.spawning import default_environment
-from reconciler.state import ProcessId, Session, Verdict
 
 T = TypeVar("T")
 

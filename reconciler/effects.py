@@ -19,18 +19,13 @@ from reconciler import launches
 from reconciler.facts import Processes
 from reconciler.ladder import Ladder, end
 from reconciler.layout import Role, file_name
-from reconciler.probe import Probe
-from reconciler.processes import SYSTEM, Target
-from reconciler.removal import Removal, remove
-from reconciler.state import (
+from reconciler.observations import KeeperState, Observation, ProcessId
+from reconciler.plans import (
     Action,
     Adopt,
     Forget,
     GiveUp,
     Instant,
-    KeeperState,
-    Observation,
-    ProcessId,
     Rebind,
     Remove,
     Stop,
@@ -38,6 +33,9 @@ from reconciler.state import (
     StopKeeper,
     StopLeftovers,
 )
+from reconciler.probe import Probe
+from reconciler.processes import SYSTEM, Target
+from reconciler.removal import Removal, remove
 
 _ANOTHER = "another launch note stands there"
 

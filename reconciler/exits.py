@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from reconciler.facts import Life, Processes
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM, TO_END, TO_LOOK, open_pidfd
-from reconciler.state import ProcessId
 
 POLL_PERIOD = 0.5
 """Seconds between two looks at processes that have no pidfd."""

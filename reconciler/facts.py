@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from reconciler.state import ProcessId
+from reconciler.observations import ProcessId
 
 
 class Life(enum.Enum):

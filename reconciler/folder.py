@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Self
 
 from reconciler import trust
+from reconciler.observations import Entry, EntryKind, FileId
 from reconciler.processes import has_exited
-from reconciler.state import Entry, EntryKind, FileId
 
 PID_FILE_LIMIT = 64
 """Bytes read of a pid file: a pid has at most 10 digits."""

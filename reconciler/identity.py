@@ -21,8 +21,8 @@ from reconciler.layout import (
     keeper_arguments,
     mentions_keeper,
 )
+from reconciler.observations import Keeper, KeeperState, Listening, ProcessId
 from reconciler.processes import SYSTEM
-from reconciler.state import Keeper, KeeperState, Listening, ProcessId
 
 KNOWN_PROGRAMS = frozenset({KEEPER_PROGRAM.name, "keeper.cjs"})
 """Base names of the keeper programs that are known without a setting."""

@@ -32,6 +32,8 @@ from reconciler.ladder import Ladder
 from reconciler.launches import Launch
 from reconciler.layout import check_sid, concerns, registry_file, sessions_dir, socket_address
 from reconciler.leftovers import forget_wish, wish_to_leave
+from reconciler.observations import Entry, FileId, KeeperState, Observation, ProcessId
+from reconciler.plans import Instant, Plan, Stop, StopAgent, StopLeftovers, Verdict
 from reconciler.probe import Probe
 from reconciler.processes import Target, is_over
 from reconciler.registry import Registry
@@ -45,22 +47,7 @@ from reconciler.spawning import (
     environment_to_restart,
     start,
 )
-from reconciler.state import (
-    Desired,
-    Entry,
-    FileId,
-    Instant,
-    KeeperState,
-    Observation,
-    Plan,
-    Policy,
-    ProcessId,
-    Stop,
-    StopAgent,
-    StopLeftovers,
-    Verdict,
-    decide,
-)
+from reconciler.state import Desired, Policy, decide
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,9 @@ from reconciler.errors import InvalidRequestError
 from reconciler.facts import boot_id
 from reconciler.folder import Folder, file_id
 from reconciler.layout import Role, file_name
+from reconciler.observations import Entry, EntryKind, FileId
 from reconciler.removal import birth_lock
 from reconciler.restarts import Ending, RestartPolicy, RestartRecord
-from reconciler.state import Entry, EntryKind, FileId
 
 LIMIT = 1 << 20
 """Bytes of a note: more than arguments that a person gives, less than what holds up a look."""

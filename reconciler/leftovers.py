@@ -29,8 +29,8 @@ from reconciler.layout import (
     mentions_keeper,
     parse_name,
 )
+from reconciler.observations import Keeper, KeeperState, Leftover, ProcessId
 from reconciler.processes import SYSTEM
-from reconciler.state import Keeper, KeeperState, Leftover, ProcessId
 
 _MARKERS = (SESSION_MARKER, FOLDER_MARKER)
 SHARED_SERVERS = frozenset(

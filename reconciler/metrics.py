@@ -19,8 +19,9 @@ from prometheus_client.registry import Collector
 from reconciler import __version__
 from reconciler.budget import Why
 from reconciler.deliveries import Delivery
+from reconciler.plans import Verdict
 from reconciler.pulse import Pulse
-from reconciler.state import Session, SessionTable, Verdict
+from reconciler.sessions import Session, SessionTable
 from reconciler.sweep import Report
 
 _SECONDS: Final = (

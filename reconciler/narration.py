@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from reconciler.demo import Audience, Scene
-from reconciler.state import Session
+from reconciler.sessions import Session
 
 
 class Narrator(Audience):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from reconciler.notify import Notifier
 from reconciler.pulse import PERIOD, STUCK, Pulse
-from reconciler.state import Session, SessionTable
+from reconciler.sessions import Session, SessionTable
 
 if TYPE_CHECKING:
     from reconciler.controller import Reconciler

@@ -16,7 +16,7 @@ from typing import Final
 import psutil
 
 from reconciler.facts import DEAD, HIDDEN, Facts, Life, Processes, boot_id, exists, printable
-from reconciler.state import ProcessId
+from reconciler.observations import ProcessId
 
 
 class _Portable:

@@ -20,9 +20,7 @@ from reconciler.folder import Folder, file_id
 from reconciler.identity import KNOWN_PROGRAMS, NOBODY, NOT_ASKED, Asked, Identity
 from reconciler.layout import Role, check_sid, file_name
 from reconciler.leftovers import Leftovers, leaves
-from reconciler.processes import SYSTEM
-from reconciler.registry import Registry
-from reconciler.state import (
+from reconciler.observations import (
     Agent,
     Entry,
     EntryKind,
@@ -32,8 +30,10 @@ from reconciler.state import (
     Listening,
     Observation,
     ProcessId,
-    Session,
 )
+from reconciler.processes import SYSTEM
+from reconciler.registry import Registry
+from reconciler.sessions import Session
 
 
 @dataclass(frozen=True, slots=True)

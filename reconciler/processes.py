@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, Self
 
 from reconciler.facts import DEAD, HIDDEN, Facts, Life, Processes, boot_id, exists, printable
-from reconciler.state import ProcessId
+from reconciler.observations import ProcessId
 
 ARGUMENTS_LIMIT = 128 * 1024
 """Bytes read of a process's arguments; a keeper's take some hundred."""

@@ -13,8 +13,10 @@ from reconciler.errors import FolderError, NoSuchSessionError, UnverifiableError
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager, processes_of
 from reconciler.layout import Role, file_name, socket_address
+from reconciler.observations import EntryKind, KeeperState, Observation
+from reconciler.plans import Verdict
 from reconciler.screens import action_words
-from reconciler.state import Desired, EntryKind, KeeperState, Observation, Verdict, decide
+from reconciler.state import Desired, decide
 from reconciler.trust import distrust_below
 
 _ENDED = frozenset({Verdict.ABSENT, Verdict.LEFTOVERS})

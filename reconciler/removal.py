@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from reconciler.facts import Life
 from reconciler.folder import Answer, Folder, file_id
 from reconciler.layout import Role, claims, file_name
+from reconciler.observations import Entry, EntryKind, FileId
 from reconciler.processes import SYSTEM
-from reconciler.state import Entry, EntryKind, FileId
 
 _NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.taken-(?P<remover>[0-9]{1,10})")

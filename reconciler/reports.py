@@ -12,11 +12,11 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reconciler.effects import Done
-from reconciler.state import (
+from reconciler.observations import Observation
+from reconciler.plans import (
     Adopt,
     Forget,
     GiveUp,
-    Observation,
     Plan,
     Rebind,
     Remove,

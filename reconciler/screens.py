@@ -11,27 +11,29 @@ import msgspec
 from reconciler.columns import aligned
 from reconciler.keeper import Finding
 from reconciler.layout import socket_address
-from reconciler.restarts import Ending, RestartRecord
-from reconciler.state import (
-    Adopt,
+from reconciler.observations import (
     AgentState,
     Entry,
     EntryKind,
-    Forget,
-    GiveUp,
     KeeperState,
     Listening,
     Observation,
+)
+from reconciler.plans import (
+    Adopt,
+    Forget,
+    GiveUp,
     Plan,
     Rebind,
     Remove,
     Restart,
-    Session,
     StopAgent,
     StopKeeper,
     StopLeftovers,
     Verdict,
 )
+from reconciler.restarts import Ending, RestartRecord
+from reconciler.sessions import Session
 
 LEFTOVERS = Verdict.LEFTOVERS.value
 

@@ -44,21 +44,13 @@ from reconciler.layout import (
     file_name,
     sessions_dir,
 )
+from reconciler.observations import AgentState, KeeperState, Listening, Observation, ProcessId
+from reconciler.plans import Remove
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM, Target
 from reconciler.removal import remove, remove_logs
 from reconciler.restarts import RestartPolicy
-from reconciler.state import (
-    AgentState,
-    Desired,
-    KeeperState,
-    Listening,
-    Observation,
-    Policy,
-    ProcessId,
-    Remove,
-    decide,
-)
+from reconciler.state import Desired, Policy, decide
 
 OUR_KEEPER = (sys.executable, "-I", "-S", str(KEEPER_PROGRAM))
 """How our keeper is run: isolated, and without ``site``, which halves its start and size."""

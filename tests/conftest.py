@@ -28,8 +28,9 @@ from raw_keeper import session as session  # noqa: PLC0414
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM
 from reconciler.logs import Level, make_logger
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
-from reconciler.state import ProcessId, Session
+from reconciler.sessions import Session
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger

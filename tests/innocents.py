@@ -10,8 +10,8 @@ from pathlib import Path
 from conftest import identity, until
 from stand_ins import running
 
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
-from reconciler.state import ProcessId
 
 BLOCKED = """
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

@@ -26,6 +26,7 @@ COPIED = ("reconciler", "tests", "fuzzing", "docs", "config", "README.md")
 
 ROOMS = {
     "state": (["*"], ["test_state.py"]),
+    "sessions": (["*"], ["test_state.py"]),
     "removal": (["*"], ["test_removal.py"]),
     "ladder": (["*"], ["test_ladder.py", "test_effects.py"]),
     "effects": (["*"], ["test_effects.py", "test_leftovers.py"]),

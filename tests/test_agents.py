@@ -17,10 +17,10 @@ from reconciler.facts import DEAD, HIDDEN, Facts, Processes
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import SESSION_MARKER, registry_file
+from reconciler.observations import Agent, AgentState, KeeperState
 from reconciler.probe import Probe
 from reconciler.processes import LINUX
 from reconciler.registry import Registry
-from reconciler.state import Agent, AgentState, KeeperState
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 YEAR = 365 * 24 * 3600

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reconciler.budget import Log, LogBudget, Step, Why, grown, steps
-from reconciler.state import FileId
+from reconciler.observations import FileId
 
 NOW = 1_000_000.0
 BUDGET = LogBudget(total=1000, each=200, age=500)

@@ -19,10 +19,11 @@ from hampered import Hampered, all_goes, bystanders, gone, leave, stale_pairs
 
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
+from reconciler.plans import Verdict
 from reconciler.portable import PORTABLE
 from reconciler.probe import Probe
 from reconciler.spawning import default_environment
-from reconciler.state import Desired, Policy, Verdict, decide
+from reconciler.state import Desired, Policy, decide
 
 CHECKED = "nobody condemned, the dead still cleaned"
 YEAR = 365 * 24 * 3600

@@ -33,9 +33,9 @@ from stand_ins import agent_of, kill, recorder, usurper
 
 from reconciler.keeper import KeeperManager
 from reconciler.layout import claims
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
 from reconciler.removal import is_taken
-from reconciler.state import ProcessId
 
 KILL_AT = (sys.executable, str(Path(__file__).with_name("kill_at.py")))
 SOCKET, PID_FILE, AGENT_FILE = ENDINGS = (".rpc.sock", ".rpc.sock.pid", ".rpc.sock.pi-pid")

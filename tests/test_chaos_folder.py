@@ -21,8 +21,8 @@ from conftest import NODE_KEEPER, PROGRAM, Daemon, alive, end_all, identity, sta
 from stand_ins import agent_of, recorder
 
 from reconciler.keeper import KeeperManager
+from reconciler.observations import ProcessId
 from reconciler.spawning import OUR_KEEPER
-from reconciler.state import ProcessId
 
 ROOT = os.geteuid() == 0
 BOUND = ("setpriv", "--inh-caps=-all", "--bounding-set=-all") if ROOT else ()

@@ -42,9 +42,9 @@ from reconciler.errors import NoSuchSessionError, UnverifiableError
 from reconciler.folder import Answer, Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
 from reconciler.rpc_writer import BlockingRpcWriter
-from reconciler.state import ProcessId
 
 CHECKED = "nobody of another home, namespace or host is signalled or loses a file; ours are cleaned"
 ENDINGS = (".rpc.sock", ".rpc.sock.pid", ".rpc.sock.pi-pid")

@@ -24,9 +24,9 @@ from stand_ins import listening, running
 
 from reconciler.errors import ReconcilerError
 from reconciler.keeper import KeeperManager
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
 from reconciler.rpc_writer import BlockingRpcWriter
-from reconciler.state import ProcessId
 
 GIB = 1 << 30
 RATIO = 10

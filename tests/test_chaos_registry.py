@@ -34,9 +34,9 @@ from stand_ins import kill
 
 from reconciler.keeper import KeeperManager
 from reconciler.layout import registry_file
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
 from reconciler.registry import LIMIT
-from reconciler.state import ProcessId
 
 CHANGES = 60
 """How often the registry is replaced while it is read."""

@@ -25,9 +25,9 @@ from reconciler.console import FAILURE, NO_SUCH_SESSION
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import claims
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
 from reconciler.rpc_writer import BlockingRpcWriter
-from reconciler.state import ProcessId
 
 CHECKED = "one acts, or all without harm: the living live and are written to, the dead are cleaned"
 DISCOVERY = Path(__file__).parent / "keepers" / "discovery.cjs"

@@ -26,9 +26,9 @@ from raw_keeper import into, memory
 
 from reconciler.keeper import KeeperManager
 from reconciler.layout import claims
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
 from reconciler.rpc_writer import RpcWriter, WritePolicy
-from reconciler.state import ProcessId
 
 SECONDS = float(os.environ.get("PI_RECONCILER_SOAK", "1800" if CAMPAIGN else "8"))
 SEED = int(os.environ.get("PI_RECONCILER_SEED", "1"))

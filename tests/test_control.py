@@ -42,8 +42,8 @@ from reconciler.controller import Reconciler
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import CONTROL_SOCKET, claims, parse_name
+from reconciler.plans import Verdict
 from reconciler.removal import is_taken
-from reconciler.state import Verdict
 
 
 @contextlib.asynccontextmanager

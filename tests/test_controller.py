@@ -42,9 +42,12 @@ from reconciler.hints import AT_ONCE
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.ladder import Ladder
 from reconciler.layout import KEEPER_PROGRAM, registry_file
+from reconciler.observations import Observation
+from reconciler.plans import Verdict
 from reconciler.processes import SYSTEM
+from reconciler.sessions import Session
 from reconciler.spawning import OUR_KEEPER
-from reconciler.state import Desired, Observation, Policy, Session, Verdict
+from reconciler.state import Desired, Policy
 
 SID = "8c2c7f0e-2a4b-4c57-9d63-3f6f3f1f2a10"
 NODE = ("node", str(NODE_KEEPER))

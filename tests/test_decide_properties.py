@@ -18,26 +18,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconciler.layout import CLAIM, Role
-from reconciler.restarts import Ending, RestartLimits, RestartRecord
-from reconciler.state import (
-    Action,
-    Adopt,
+from reconciler.observations import (
     Agent,
     AgentState,
-    Desired,
     Entry,
     EntryKind,
     FileId,
-    Forget,
-    GiveUp,
     Keeper,
     KeeperState,
     Leftover,
     Listening,
     Observation,
-    Plan,
-    Policy,
     ProcessId,
+)
+from reconciler.plans import (
+    Action,
+    Adopt,
+    Forget,
+    GiveUp,
+    Plan,
     Rebind,
     Remove,
     Restart,
@@ -46,6 +45,8 @@ from reconciler.state import (
     StopLeftovers,
     Verdict,
 )
+from reconciler.restarts import Ending, RestartLimits, RestartRecord
+from reconciler.state import Desired, Policy
 from reconciler.state import decide as decide_within
 
 CAMPAIGN = bool(os.environ.get("PI_RECONCILER_CAMPAIGN"))

@@ -31,19 +31,10 @@ from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.ladder import Ladder, end
 from reconciler.layout import FOLDER_MARKER, KEEPER_PROGRAM, SESSION_MARKER, Role, file_name
-from reconciler.probe import Probe
-from reconciler.processes import LINUX, SYSTEM, Target
-from reconciler.state import (
+from reconciler.observations import Agent, AgentState, FileId, Keeper, KeeperState, Observation
+from reconciler.plans import (
     Adopt,
-    Agent,
-    AgentState,
-    Desired,
-    FileId,
-    Keeper,
-    KeeperState,
-    Observation,
     Plan,
-    Policy,
     Rebind,
     Remove,
     Stop,
@@ -51,8 +42,10 @@ from reconciler.state import (
     StopKeeper,
     StopLeftovers,
     Verdict,
-    decide,
 )
+from reconciler.probe import Probe
+from reconciler.processes import LINUX, SYSTEM, Target
+from reconciler.state import Desired, Policy, decide
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 SOCKET, PID_FILE, AGENT_FILE = (

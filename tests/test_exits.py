@@ -16,8 +16,8 @@ from conftest import WAIT, dead_pid, identity
 from reconciler import exits as exits_module
 from reconciler.exits import Exits
 from reconciler.facts import HIDDEN, Facts, boot_id
+from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
-from reconciler.state import ProcessId
 
 
 class Followed:

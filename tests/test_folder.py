@@ -17,7 +17,7 @@ from stand_ins import NOBODY, listening
 
 from reconciler import folder as folder_module
 from reconciler.folder import Answer, Folder, Peer
-from reconciler.state import EntryKind
+from reconciler.observations import EntryKind
 
 NAME = "s1.rpc.sock"
 NOW = 7.0

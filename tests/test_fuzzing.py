@@ -16,8 +16,8 @@ from reconciler import keeper_process, registry
 from reconciler.facts import Facts, Life, boot_id
 from reconciler.folder import Folder
 from reconciler.layout import ParsedName, Role
+from reconciler.observations import Entry, EntryKind, ProcessId
 from reconciler.processes import LINUX
-from reconciler.state import Entry, EntryKind, ProcessId
 
 
 def fuzz(name: str) -> None:

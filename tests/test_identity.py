@@ -22,10 +22,12 @@ from reconciler.identity import NOBODY as NO_KEEPER
 from reconciler.identity import NOT_ASKED, Asked, Identity
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM
+from reconciler.observations import KeeperState, Listening
+from reconciler.plans import Verdict
 from reconciler.probe import Probe
 from reconciler.processes import LINUX
 from reconciler.spawning import OUR_KEEPER
-from reconciler.state import Desired, KeeperState, Listening, Policy, Verdict, decide
+from reconciler.state import Desired, Policy, decide
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 SOCKET = f"{SID}.rpc.sock"

@@ -51,9 +51,10 @@ from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.ladder import Ladder
 from reconciler.layout import KEEPER_PROGRAM, InvalidSessionIdError
+from reconciler.plans import Verdict
 from reconciler.processes import SYSTEM, Target
 from reconciler.spawning import OUR_KEEPER, default_environment
-from reconciler.state import Policy, Verdict
+from reconciler.state import Policy
 
 TELL = Path(__file__).with_name("agents") / "tell.py"
 TOKEN = "PI_DASHBOARD_SPAWN_TOKEN"  # noqa: S105 - the name of a variable

@@ -18,8 +18,8 @@ from reconciler.errors import InvalidRequestError
 from reconciler.facts import boot_id
 from reconciler.folder import Folder
 from reconciler.launches import LIMIT, Launch, NoNoteError, opened
+from reconciler.observations import EntryKind
 from reconciler.restarts import Ending, RestartRecord
-from reconciler.state import EntryKind
 
 LAUNCH = Launch(
     policy="on-failure",

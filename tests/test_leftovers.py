@@ -40,10 +40,13 @@ from reconciler.keeper import KeeperManager
 from reconciler.ladder import Ladder
 from reconciler.layout import FOLDER_MARKER, SESSION_MARKER
 from reconciler.leftovers import Leftovers
+from reconciler.observations import Keeper, KeeperState
+from reconciler.plans import Verdict
 from reconciler.portable import PORTABLE
 from reconciler.processes import LINUX
 from reconciler.rpc_writer import RpcWriter
-from reconciler.state import Keeper, KeeperState, Policy, Session, Verdict
+from reconciler.sessions import Session
+from reconciler.state import Policy
 
 SID = "demo"
 NO_KEEPER = Keeper(KeeperState.NONE)
@@ -538,7 +541,7 @@ def test_nobody_takes_himself_for_a_leftover_nor_those_above_him(opened: Folder)
         "from pathlib import Path\n"
         "from reconciler.folder import Folder\n"
         "from reconciler.leftovers import Leftovers\n"
-        "from reconciler.state import Keeper, KeeperState\n"
+        "from reconciler.observations import Keeper, KeeperState\n"
         "leftovers = Leftovers(Folder(Path(sys.argv[1])))\n"
         "found = leftovers.scan()['demo']\n"
         "assert {os.getpid(), os.getppid()} <= set(found)\n"

@@ -24,7 +24,7 @@ from reconciler import KeeperManager, Reconciler
 from reconciler.budget import LogBudget
 from reconciler.folder import Folder
 from reconciler.metrics import Metrics
-from reconciler.state import SessionTable
+from reconciler.sessions import SessionTable
 from reconciler.sweep import LogSweeper
 
 NOTHING = LogBudget(total=0, each=1000, age=1e12)

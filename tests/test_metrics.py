@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from reconciler import KeeperManager, Reconciler
 from reconciler.exposition import Exposition, Health
 from reconciler.metrics import Metrics
-from reconciler.state import (
+from reconciler.observations import (
     Agent,
     AgentState,
     Entry,
@@ -26,10 +26,9 @@ from reconciler.state import (
     KeeperState,
     Listening,
     Observation,
-    Plan,
-    SessionTable,
-    Verdict,
 )
+from reconciler.plans import Plan, Verdict
+from reconciler.sessions import SessionTable
 
 
 def scraped(port: int) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

@@ -19,8 +19,9 @@ from prometheus_client.metrics_core import Metric
 
 from reconciler.deliveries import Delivery, Outcome, Reason
 from reconciler.metrics import MOST_REASONS, DeliveryMetrics, Metrics
+from reconciler.plans import Verdict
 from reconciler.pulse import Pulse
-from reconciler.state import SessionTable, Verdict
+from reconciler.sessions import SessionTable
 from reconciler.sweep import Report
 
 ROOT = Path(__file__).parent.parent

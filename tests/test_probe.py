@@ -30,24 +30,11 @@ from reconciler.folder import Folder
 from reconciler.identity import Identity
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM, InvalidSessionIdError, Role, file_name
+from reconciler.observations import AgentState, EntryKind, KeeperState, Listening, Observation
+from reconciler.plans import Adopt, Plan, Rebind, Remove, StopKeeper, Verdict
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM
-from reconciler.state import (
-    Adopt,
-    AgentState,
-    Desired,
-    EntryKind,
-    KeeperState,
-    Listening,
-    Observation,
-    Plan,
-    Policy,
-    Rebind,
-    Remove,
-    StopKeeper,
-    Verdict,
-    decide,
-)
+from reconciler.state import Desired, Policy, decide
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 SOCKET, PID_FILE, AGENT_FILE = (

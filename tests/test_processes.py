@@ -21,9 +21,9 @@ from stand_ins import ending
 from reconciler import facts as facts_room
 from reconciler import processes
 from reconciler.facts import Life, Processes
+from reconciler.observations import ProcessId
 from reconciler.portable import PORTABLE
 from reconciler.processes import LINUX, SYSTEM, Target, has_exited, open_pidfd
-from reconciler.state import ProcessId
 
 PYTHON = (sys.executable, "-I", "-S", "-c")
 REPO = Path(__file__).parent.parent

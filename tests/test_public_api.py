@@ -97,7 +97,7 @@ FOR_THE_ROOMS = {"Probe", "Folder", "KeeperRequest"}
 """What methods without an underscore give that only our own rooms call."""
 
 FACTS = {"Observation", "Plan"}
-"""What these are made of is found in `reconciler.state`."""
+"""What these are made of is found in their own rooms."""
 
 
 def test_what_public_classes_hold_and_answer_has_a_public_name_too() -> None:

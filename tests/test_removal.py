@@ -23,10 +23,12 @@ from stand_ins import agent_of, ending, kill, listening, running, spawn
 from reconciler.folder import Answer, Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM, Role, claims, file_name
+from reconciler.observations import FileId
+from reconciler.plans import Remove
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM
 from reconciler.removal import Fate, Removal, is_taken, recover, remove, remove_logs
-from reconciler.state import Desired, FileId, Policy, Remove, decide
+from reconciler.state import Desired, Policy, decide
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 SOCKET, PID_FILE, AGENT_FILE, LOG = (

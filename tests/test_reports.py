@@ -11,10 +11,7 @@ from reconciler.effects import Done
 from reconciler.layout import Role
 from reconciler.logs import make_logger
 from reconciler.metrics import Metrics
-from reconciler.reports import Reporter
-from reconciler.state import (
-    Action,
-    Adopt,
+from reconciler.observations import (
     Agent,
     AgentState,
     Entry,
@@ -24,15 +21,11 @@ from reconciler.state import (
     KeeperState,
     Listening,
     Observation,
-    Plan,
     ProcessId,
-    Rebind,
-    Remove,
-    SessionTable,
-    StopAgent,
-    StopKeeper,
-    Verdict,
 )
+from reconciler.plans import Action, Adopt, Plan, Rebind, Remove, StopAgent, StopKeeper, Verdict
+from reconciler.reports import Reporter
+from reconciler.sessions import SessionTable
 
 KEEPER = ProcessId(4711, 1, "boot")
 AGENT = ProcessId(4712, 2, "boot")

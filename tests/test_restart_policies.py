@@ -46,12 +46,15 @@ from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.launches import Launch
 from reconciler.layout import FOLDER_MARKER, folder_mark
+from reconciler.observations import FileId
+from reconciler.plans import Verdict
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM
 from reconciler.restarts import RestartLimits, RestartPolicy
+from reconciler.sessions import Session
 from reconciler.spawning import OUR_KEEPER, KeeperRequest, Started
 from reconciler.spawning import start as really_start
-from reconciler.state import FileId, Policy, Session, Verdict
+from reconciler.state import Policy
 
 CAMPAIGN = bool(os.environ.get("PI_RECONCILER_CAMPAIGN"))
 

@@ -7,10 +7,7 @@ import pytest
 
 from reconciler.keeper import Finding
 from reconciler.layout import Role
-from reconciler.screens import action_words, age, everything, row, table, told
-from reconciler.state import (
-    Action,
-    Adopt,
+from reconciler.observations import (
     Agent,
     AgentState,
     Entry,
@@ -20,14 +17,10 @@ from reconciler.state import (
     KeeperState,
     Listening,
     Observation,
-    Plan,
     ProcessId,
-    Rebind,
-    Remove,
-    StopAgent,
-    StopKeeper,
-    Verdict,
 )
+from reconciler.plans import Action, Adopt, Plan, Rebind, Remove, StopAgent, StopKeeper, Verdict
+from reconciler.screens import action_words, age, everything, row, table, told
 
 FOLDER = Path("/f")
 KEEPER = ProcessId(4711, 1, "boot")

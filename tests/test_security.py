@@ -29,8 +29,9 @@ from reconciler.controller import Reconciler
 from reconciler.errors import UnverifiableError
 from reconciler.keeper import KeeperManager
 from reconciler.ladder import Ladder
+from reconciler.plans import Verdict
 from reconciler.rpc_writer import BlockingRpcWriter, Reason, RpcWriter
-from reconciler.state import Policy, Verdict
+from reconciler.state import Policy
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "security.md").read_text()

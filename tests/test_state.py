@@ -5,37 +5,36 @@ from dataclasses import replace
 import pytest
 
 from reconciler.layout import Role
-from reconciler.restarts import Ending, RestartLimits, RestartPolicy, RestartRecord
-from reconciler.state import (
-    Action,
-    Adopt,
+from reconciler.observations import (
     Agent,
     AgentState,
-    Desired,
     Entry,
     EntryKind,
     FileId,
-    Forget,
-    GiveUp,
     Keeper,
     KeeperState,
     Leftover,
     Listening,
     Observation,
-    Plan,
-    Policy,
     ProcessId,
+)
+from reconciler.plans import (
+    Action,
+    Adopt,
+    Forget,
+    GiveUp,
+    Plan,
     Rebind,
     Remove,
     Restart,
-    Session,
-    SessionTable,
     StopAgent,
     StopKeeper,
     StopLeftovers,
     Verdict,
-    decide,
 )
+from reconciler.restarts import Ending, RestartLimits, RestartPolicy, RestartRecord
+from reconciler.sessions import Session, SessionTable
+from reconciler.state import Desired, Policy, decide
 
 NOW = 1000.0
 OLD = 100.0

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from reconciler.keeper import KeeperManager
     from reconciler.metrics import Metrics
     from reconciler.reloads import Reloads
+    from reconciler.sessions import SessionTable
     from reconciler.settings import Settings
-    from reconciler.state import SessionTable
 
 
 def _address(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, int] | None:
