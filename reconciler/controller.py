@@ -169,7 +169,11 @@ class Reconciler:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """End the loop. Keepers, agents and files are left as they are."""
+        """End the loop. Keepers, agents and files are left as they are.
+
+        A session that is just being started again is waited for.
+        """
+        self._closed = True
         self._stop_watching()
         for task in self._tasks:
             task.cancel()
@@ -541,10 +545,14 @@ class Reconciler:
         """Start a session again, in a thread: what it is started in may be a disk that hangs."""
         async with self._restarts:
             begun = time.monotonic()
+            started = self._loop.create_task(
+                asyncio.to_thread(lambda: asyncio.run(self.manager.start_again(sid, action.note)))
+            )
             try:
-                spawned = await asyncio.to_thread(
-                    lambda: asyncio.run(self.manager.start_again(sid, action.note))
-                )
+                spawned = await asyncio.shield(started)
+            except asyncio.CancelledError:  # a thread goes on: until then the folder stays ours
+                await asyncio.gather(started, return_exceptions=True)
+                raise
             except (ReconcilerError, ValueError) as error:
                 # What follows may be the end of a log, and that may hold what an agent was given.
                 success, detail = False, str(error).partition("; ")[0]

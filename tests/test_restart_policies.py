@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from conftest import (
     HUNG,
     NODE_KEEPER,
     SINK,
+    WAIT,
     Daemon,
     Told,
     alive,
@@ -36,6 +38,7 @@ from reconciler.controller import Reconciler
 from reconciler.errors import (
     AlreadyRunningError,
     FolderError,
+    FolderLockedError,
     InvalidRequestError,
     KeeperStartError,
     NoSuchSessionError,
@@ -461,6 +464,34 @@ async def test_a_stop_in_the_reconciler_while_it_is_started_again(
         assert "s" not in reconciler.sessions
         assert len(told.of("session.restart_failed", "s")) == 1
         assert await manager.discover() == []
+
+
+@asynchronous
+async def test_the_folder_stays_held_until_what_is_being_started_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = manager_of(folder)
+    spawned = await manager.spawn("s", agent_command=SINK, restart="always")
+    begun, go = threading.Event(), threading.Event()
+
+    async def start(request: KeeperRequest, probe: Probe) -> Started:
+        begun.set()
+        go.wait(WAIT)
+        return await really_start(request, probe)
+
+    monkeypatch.setattr(keeper, "start", start)
+    async with contextlib.AsyncExitStack() as first:
+        await first.enter_async_context(running(manager))
+        await keeper_is_killed(spawned, manager)
+        await happens(begun.is_set)
+        ending = asyncio.create_task(first.aclose())
+        await asyncio.sleep(0.05)
+        with pytest.raises(FolderLockedError):
+            async with Reconciler(manager):
+                pass
+        go.set()
+        await asyncio.wait_for(ending, WAIT)
+        assert len(await manager.discover()) == 1
 
 
 @asynchronous
