@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Final, Self
 
 from reconciler.deliveries import (
@@ -304,12 +304,10 @@ async def _tried(
     try:
         await run_async(script, deadline)
     except TransientError as failure:
-        again = Again(failure, script)
+        again, tenacity = Again(failure, script), _tenacity(failure)
     else:
         return
-    from tenacity import AsyncRetrying  # noqa: PLC0415 - a quarter of what a client imports
-
-    await AsyncRetrying(**exchange.retrying(deadline))(run_async, again, deadline)
+    await tenacity.AsyncRetrying(**exchange.retrying(deadline))(run_async, again, deadline)
 
 
 def _tried_blocking(
@@ -319,12 +317,23 @@ def _tried_blocking(
     try:
         run_blocking(script, deadline)
     except TransientError as failure:
-        again = Again(failure, script)
+        again, tenacity = Again(failure, script), _tenacity(failure)
     else:
         return
-    from tenacity import Retrying  # noqa: PLC0415 - the same
+    tenacity.Retrying(**exchange.retrying(deadline))(run_blocking, again, deadline)
 
-    Retrying(**exchange.retrying(deadline))(run_blocking, again, deadline)
+
+def _tenacity(failure: TransientError) -> ModuleType:
+    """What tries again: a quarter of what a client imports, loaded once a first try has failed.
+
+    Raises:
+        TransientError: that failure, where it cannot be loaded for want of descriptors.
+    """
+    try:
+        import tenacity  # noqa: PLC0415 - see above
+    except OSError:
+        raise failure from None
+    return tenacity
 
 
 def _single(many: ManyDelivery) -> Delivery:
