@@ -149,6 +149,7 @@ class _Handler(WSGIRequestHandler):
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = 128  # who finds the queue full comes again after a second, and more
 
     @classmethod
     def at(cls, family: socket.AddressFamily, address: str, port: int) -> _Server:

@@ -91,6 +91,13 @@ def test_who_says_nothing_holds_nobody_up_and_no_more_are_let_in_than_can_be_ser
     until(lambda: _asked(exposition.port) == 200, "there is room again")
 
 
+def test_a_burst_of_connections_makes_nobody_come_again(exposition: Exposition) -> None:
+    address = ("127.0.0.1", exposition.port)  # nobody is let in yet: all of them wait
+    with contextlib.ExitStack() as waiting:
+        for _ in range(100):
+            waiting.enter_context(socket.create_connection(address, timeout=0.5))
+
+
 def test_who_sends_a_byte_now_and_then_makes_room_for_others(
     exposition: Exposition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
