@@ -104,13 +104,15 @@ def _picture(reconciler: Reconciler, console: Console) -> RenderableType:
     sids = sorted(reconciler.sessions)
     shown = sids[: max(1, console.height - _FRAME)]
     table = Table(*_COLUMNS, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in table.columns:
-        column.no_wrap, column.overflow = True, "ellipsis"
+    for column in table.columns[1:-1]:
+        column.no_wrap = True  # on a narrow screen the id and the reason give way, the wider first
     for sid in shown:
         row = screens.session_row(reconciler.sessions[sid], folder, time.monotonic())
         phase, *others = screens.cells(row)[1:]
         style = _STYLES.get(row["phase"], "yellow")
-        table.add_row(sid, Text(phase, style), *others, Text(row["reason"], "dim"))
+        reason = Text(row["reason"], "dim", no_wrap=True, overflow="ellipsis")
+        name = Text(sid, no_wrap=True, overflow="ellipsis")
+        table.add_row(name, Text(phase, style), *others, reason)
     count = f"{len(sids)} session{'s' if len(sids) != 1 else ''}"
     title = f"{count} in {folder}" if folder.is_dir() else f"there is no folder {folder}"
     hidden = len(sids) - len(shown)

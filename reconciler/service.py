@@ -24,6 +24,10 @@ from reconciler.errors import ReconcilerError
 PATIENCE: Final = 60.0
 """Seconds that the service manager may take for one command."""
 
+_NO_MANAGER: Final = (
+    " (no systemd of your user runs here: log in, not by su; or use pi-reconciler run)"
+)
+
 _MARK: Final = "Written by pi-reconciler service install. SHA-256 of the other lines: "
 _MARKED: Final = re.compile(rf"^.*{re.escape(_MARK)}([0-9a-f]{{64}}).*\n", re.MULTILINE)
 
@@ -115,7 +119,8 @@ class Run:
         done = ask(self.command)
         if done.returncode and not self.may_fail:
             said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-            raise ServiceError(f"{' '.join(self.command)}: {said}")
+            alone = _NO_MANAGER if "connect to bus" in said else ""
+            raise ServiceError(f"{' '.join(self.command)}: {said}{alone}")
 
 
 Step = Write | Remove | Run

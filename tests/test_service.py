@@ -224,7 +224,8 @@ def test_what_the_manager_says_is_told_in_one_line(place: Place) -> None:
     done = place.run("install")
     assert done.returncode == 1
     assert done.stderr == (
-        "pi-reconciler: systemctl --user daemon-reload: Failed to connect to bus: No medium found\n"
+        "pi-reconciler: systemctl --user daemon-reload: Failed to connect to bus: No medium found "
+        "(no systemd of your user runs here: log in, not by su; or use pi-reconciler run)\n"
     )
 
 

@@ -372,9 +372,10 @@ def test_a_watched_list_on_a_terminal_follows_fits_and_leaves_no_trace(
         stale_pair(cli.folder, f"will-go-{number}")
     cli.spawn("other")
     terminal.shows("other")
-    terminal.resize(50, 4)
+    terminal.resize(40, 4)
     screen = terminal.shows("… and 1 more")
     assert len(screen.splitlines()) == 4
+    assert screen.splitlines()[2].split()[1:3] == ["ready", str(keeper)], "what matters is whole"
     terminal.resize(120, 30)
     until(lambda: len(terminal.screen.splitlines()) == 4)
     os.kill(keeper, signal.SIGKILL)
