@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from reconciler.keeper import KeeperEntry as KeeperEntry
     from reconciler.keeper import KeeperManager as KeeperManager
     from reconciler.keeper import SpawnedKeeper as SpawnedKeeper
-    from reconciler.keeper import StoppedSession as StoppedSession
     from reconciler.ladder import Ladder as Ladder
     from reconciler.layout import InvalidSessionIdError as InvalidSessionIdError
     from reconciler.observations import Observation as Observation
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from reconciler.sessions import SessionTable as SessionTable
     from reconciler.state import Desired as Desired
     from reconciler.state import Policy as Policy
+    from reconciler.stopping import StoppedSession as StoppedSession
 
 __version__ = "0.1.0"
 
@@ -71,7 +71,7 @@ _HOMES = {
         "StillAliveError",
         "UnverifiableError",
     ),
-    "keeper": ("Finding", "KeeperEntry", "KeeperManager", "SpawnedKeeper", "StoppedSession"),
+    "keeper": ("Finding", "KeeperEntry", "KeeperManager", "SpawnedKeeper"),
     "ladder": ("Ladder",),
     "layout": ("InvalidSessionIdError",),
     "observations": ("Observation",),
@@ -92,6 +92,7 @@ _HOMES = {
     ),
     "sessions": ("Session", "SessionTable"),
     "state": ("Desired", "Policy"),
+    "stopping": ("StoppedSession",),
 }
 _ROOM_OF = {name: room for room, names in _HOMES.items() for name in names}
 

@@ -29,7 +29,7 @@ from reconciler.errors import (
 from reconciler.exits import Exits
 from reconciler.folder import Folder
 from reconciler.hints import AT_ONCE, Hints
-from reconciler.keeper import KeeperManager, SpawnedKeeper, StoppedSession, processes_of
+from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.layout import CONCERN, Role, check_sid, parse_name
 from reconciler.leftovers import forget_wish
 from reconciler.logs import get_logger
@@ -42,6 +42,7 @@ from reconciler.retries import FIRST, Retries
 from reconciler.served import Served
 from reconciler.sessions import Session, SessionTable
 from reconciler.state import Desired, decide
+from reconciler.stopping import StoppedSession, end_leftovers, note_wish, outlast, processes_of
 from reconciler.sweep import LogSweeper
 from reconciler.watcher import LOOK_AT_ALL, SessionsWatcher
 
@@ -273,16 +274,18 @@ class Reconciler:
         keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
         if (reason := self._may_not_act()) or self._folder is None:
             raise UnverifiableError(f"session {sid} was left alone: {reason}")
-        self.manager.wish(self._folder.folder, sid, leave=leave)
+        note_wish(self._folder.folder, sid, leave=leave)
         before = self.sessions.row(sid).desired
         if before is Desired.ABSENT:  # another stop is under way: its wish is none to go back to
             before = Desired.AS_FOUND
         await self._end(sid, before)
-        await self.manager.outlast(processes_of(seen))
+        await outlast(processes_of(seen), self.manager.ladder)
         self._hint(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
         left = 0
         if not leave and self._folder is not None:
-            left = await self.manager.end_leftovers(self._folder.probe, sid, self._tell_done)
+            left = await end_leftovers(
+                sid, self._folder.probe, self.manager.ladder, self._tell_done
+            )
         elapsed = time.monotonic() - begun
         return StoppedSession(sid, keeper.pid if keeper else None, elapsed, left)
 

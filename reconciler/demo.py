@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from reconciler.controller import Reconciler
 from reconciler.errors import ReconcilerError
-from reconciler.keeper import KeeperManager, SpawnedKeeper, processes_of
+from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.ladder import Ladder
 from reconciler.layout import CLAIM, Role, file_name, sessions_dir
 from reconciler.logs import make_logger
@@ -33,6 +33,7 @@ from reconciler.processes import Target, is_over
 from reconciler.rpc_writer import RpcWriter
 from reconciler.sessions import Session
 from reconciler.spawning import default_environment
+from reconciler.stopping import processes_of
 
 T = TypeVar("T")
 

@@ -1,53 +1,37 @@
-"""The manager of keepers: spawn, stop, discover. It needs no running daemon.
-
-Stopping walks the same way as the background process does, look by look, until nothing
-is left; there is no second way to end a session.
-"""
+"""The manager of keepers: spawn, stop, discover. It needs no running daemon."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reconciler import launches
 from reconciler.agents import AgentProbe
-from reconciler.effects import Done, Effects
-from reconciler.errors import (
-    AlreadyRunningError,
-    FolderError,
-    NoSuchSessionError,
-    ReconcilerError,
-    StillAliveError,
-    UnverifiableError,
-)
+from reconciler.errors import FolderError, NoSuchSessionError
 from reconciler.folder import Folder
 from reconciler.identity import KNOWN_PROGRAMS
 from reconciler.ladder import Ladder
-from reconciler.launches import Launch
 from reconciler.layout import check_sid, concerns, registry_file, sessions_dir, socket_address
-from reconciler.leftovers import forget_wish, wish_to_leave
-from reconciler.observations import Entry, FileId, KeeperState, Observation, ProcessId
-from reconciler.plans import Instant, Plan, Stop, StopAgent, StopLeftovers, Verdict
+from reconciler.observations import Entry, FileId, KeeperState, Observation
+from reconciler.plans import Plan, Verdict
 from reconciler.probe import Probe
-from reconciler.processes import Target, is_over
 from reconciler.registry import Registry
-from reconciler.restarts import RestartLimits, RestartPolicy, recent
-from reconciler.spawning import (
-    OUR_KEEPER,
-    KeeperRequest,
-    Started,
-    check,
-    default_environment,
-    environment_to_restart,
-    start,
-)
+from reconciler.restarts import RestartLimits, RestartPolicy
+from reconciler.spawning import OUR_KEEPER, KeeperRequest, Started, check, default_environment
+from reconciler.starting import Starter, launch_of
 from reconciler.state import Desired, Policy, decide
+from reconciler.stopping import (
+    StoppedSession,
+    end_leftovers,
+    end_session,
+    keep_no_longer,
+    note_wish,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +51,6 @@ class KeeperEntry:
     sid: str
     keeper_pid: int
     socket: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoppedSession:
-    """A session that was ended."""
-
-    sid: str
-    keeper_pid: int | None
-    elapsed: float
-    """Seconds."""
-    leftovers: int = 0
-    """Processes that it had started besides its agent, and that were ended with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,15 +157,8 @@ class KeeperManager:
             timeout=timeout,
         )
         with self._made_folder() as folder:
-            probe = self.probe(folder)
-            await self._make_free(request.sid, probe)
-            self._forget_launch(folder, request.sid)  # the session before is not started again
-            started = await start(request, probe)
-            forget_wish(folder, request.sid)  # it was about the session before
-            if request.restart != "never":
-                await self._note_launch(request, started, probe)
-        socket = socket_address(self.sessions_dir, request.sid)
-        return SpawnedKeeper(request.sid, started.process.pid, started.agent_pid, socket)
+            started = await self._starter(folder).start(request)
+        return self._spawned(request.sid, started)
 
     def request(
         self,
@@ -220,31 +185,15 @@ class KeeperManager:
             timeout=timeout,
         )
         check(request, self.sessions_dir)
-        launches.check(_launch(request))
+        launches.check(launch_of(request))
         return request
 
-    def _forget_launch(self, folder: Folder, sid: str) -> bool:
-        """From here on the reconciler does not start the session again; whether it would have."""
-        try:
-            return launches.forget(folder, sid)
-        except OSError as error:
-            raise FolderError(
-                f"sessions folder {str(self.sessions_dir)!r} cannot be written to, to end the "
-                f"restarts of session {sid}: {error.strerror}"
-            ) from error
+    def _starter(self, folder: Folder) -> Starter:
+        return Starter(self.probe(folder), self.policy, self.restart_limits, self.ladder)
 
-    async def _note_launch(self, request: KeeperRequest, started: Started, probe: Probe) -> None:
-        """Note down how to start a session again; if that cannot be done it is ended."""
-        sid = request.sid
-        try:
-            with launches.written(probe.folder, sid, _launch(request)) as note:
-                await asyncio.to_thread(os.fsync, note)
-        except OSError as error:
-            await self._take_back(sid, started, probe)
-            raise FolderError(
-                f"sessions folder {str(self.sessions_dir)!r} cannot be written to, to note down "
-                f"how session {sid} is started again: {error.strerror}; so it was ended"
-            ) from error
+    def _spawned(self, sid: str, started: Started) -> SpawnedKeeper:
+        socket = socket_address(self.sessions_dir, sid)
+        return SpawnedKeeper(sid, started.process.pid, started.agent_pid, socket)
 
     async def start_again(self, sid: str, judged: FileId) -> SpawnedKeeper:
         """Start a session again that has ended, as its launch note says.
@@ -266,87 +215,8 @@ class KeeperManager:
             if folder is None:
                 raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
             self.refuse_untrusted(folder)
-            probe = self.probe(folder)
-            with contextlib.ExitStack() as held:
-                try:
-                    note = held.enter_context(launches.opened(folder, sid, to_write=True))
-                except (FileNotFoundError, launches.NoNoteError) as error:
-                    raise NoSuchSessionError(f"session {sid} was stopped") from error
-                if note.file != judged:
-                    raise NoSuchSessionError(f"session {sid}: its launch note is another one now")
-                return await self._start_again(sid, note, probe)
-
-    async def _start_again(self, sid: str, note: launches.Note, probe: Probe) -> SpawnedKeeper:
-        launch, now = note.launch, time.monotonic()
-        tries = (*recent(note.record.restarts, now, self.restart_limits), now)
-        record = replace(note.record, this_boot=True, restarts=tries)
-        # Should we be killed now, then what the log says last of the boot before counts no more:
-        # all were asked to end then, and this session is none that is over for good.
-        note.write(record, failed=not note.record.this_boot)
-        request = KeeperRequest(
-            sid=sid,
-            cwd=Path(launch.cwd),
-            env=environment_to_restart(),
-            agent_command=launch.agent_command,
-            capture=launch.capture,
-            keeper_command=launch.keeper_command or OUR_KEEPER,
-            again=True,
-            ready=False,
-        )
-        try:
-            check(request, self.sessions_dir)
-            await self._make_free(sid, probe)
-            if self.policy.leftovers == "stop":
-                await self.end_leftovers(probe, sid)
-            started = await start(request, probe)
-        except (AlreadyRunningError, NoSuchSessionError):
-            raise
-        except Exception:
-            note.write(record, failed=True)  # its keeper may have said farewell on our request
-            raise
-        if not note.stands():
-            await self._take_back(sid, started, probe)
-            raise NoSuchSessionError(f"session {sid}: it was stopped while it was started again")
-        if note.failed:
-            note.write(record)
-        socket = socket_address(self.sessions_dir, sid)
-        return SpawnedKeeper(sid, started.process.pid, started.agent_pid, socket)
-
-    async def _take_back(self, sid: str, started: Started, probe: Probe) -> None:
-        """End what was just started, unless it is over: whatever has come since is another's."""
-        seen = probe.look(sid)
-        if started.process in processes_of(seen):
-            await self._stop(seen, probe)
-
-    async def _make_free(self, sid: str, probe: Probe) -> None:
-        """Refuse a session id that is in use, and end the agent that a dead keeper left.
-
-        The new keeper's agent pid file will take the place of the only trace of that one.
-        """
-        seen = probe.look(sid)
-        for action in self.refuse_used(seen).actions:
-            if isinstance(action, StopAgent):
-                done = await Effects(probe, self.ladder).stop(seen, action)
-                if not done.success:
-                    raise StillAliveError(
-                        f"session {sid}: the agent {action.process.pid} of its dead keeper was "
-                        f"not ended: {done.detail}"
-                    )
-
-    def refuse_used(self, seen: Observation) -> Plan:
-        """Refuse a session id that is in use; what has to be done about one that was.
-
-        Raises:
-            AlreadyRunningError, UnverifiableError: see `spawn`.
-        """
-        sid = seen.sid
-        if seen.keeper.state is KeeperState.PROVEN and seen.keeper.process is not None:
-            pid = seen.keeper.process.pid
-            raise AlreadyRunningError(f"session {sid} is running already, its keeper is {pid}")
-        plan = decide(seen, Desired.AS_FOUND, self.policy)
-        if plan.verdict in {Verdict.REFUSED, Verdict.UNVERIFIABLE}:
-            raise UnverifiableError(f"session id {sid} cannot be used here: {plan.reason}")
-        return plan
+            started = await self._starter(folder).start_again(sid, judged)
+        return self._spawned(sid, started)
 
     def make_folder(self) -> None:
         """Make the sessions folder, and those above it, for its user alone.
@@ -493,10 +363,10 @@ class KeeperManager:
             seen = probe.scan_all().look(probe, sid)
             if seen.empty and not kept:
                 raise NoSuchSessionError(f"no session {sid} in {self.sessions_dir}")
-            self.wish(folder, sid, leave=leave)
+            note_wish(folder, sid, leave=leave)
             keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
-            await self._stop(seen, probe)
-            left = 0 if leave else await self.end_leftovers(probe, sid)
+            await end_session(seen, probe, self.policy, self.ladder)
+            left = 0 if leave else await end_leftovers(sid, probe, self.ladder)
         return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun, left)
 
     def keep_no_longer(self, folder: Folder, sid: str) -> bool:
@@ -509,130 +379,10 @@ class KeeperManager:
             FolderError: the folder cannot be trusted, or not be written to. Nothing was done.
         """
         self.refuse_untrusted(folder)
-        return self._forget_launch(folder, sid)
-
-    def wish(self, folder: Folder, sid: str, *, leave: bool) -> None:
-        """Note down, for whoever works on the folder, what is to become of leftovers.
-
-        Raises:
-            FolderError: the folder cannot be written to. Nothing was changed.
-        """
-        if not leave:
-            forget_wish(folder, sid)
-            return
-        try:
-            wish_to_leave(folder, sid)
-        except OSError as error:
-            raise FolderError(
-                f"sessions folder {str(self.sessions_dir)!r} cannot be written to, to note down "
-                f"what is to be left alone: {error.strerror}"
-            ) from error
-
-    async def end_leftovers(
-        self,
-        probe: Probe,
-        sid: str,
-        tell: Callable[[Observation, Plan, Done], None] = lambda *_: None,
-    ) -> int:
-        """End what a session that is over has left, until no more of it comes.
-
-        A session of this name that has come since is another one: then no more is done, nor if
-        somebody wishes meanwhile that they be left alone.
-
-        Args:
-            probe: looks at the folder.
-            sid: the session's id.
-            tell: called with what was done.
-
-        Returns:
-            How many were ended.
-
-        Raises:
-            StillAliveError: more come as they are ended, or they outlive SIGKILL.
-        """
-        effects = Effects(probe, self.ladder)
-        ended: set[ProcessId] = set()
-        detail = ""
-        for _ in range(_STOP_TRIES):
-            suspects = await asyncio.to_thread(probe.scan_all)
-            seen = suspects.look(probe, sid)
-            if seen.leave or not (seen.over and seen.leftovers):
-                await self.outlast(ended)
-                return len(ended)
-            left = [leftover.process for leftover in seen.leftovers]
-            action = StopLeftovers(tuple(left))
-            try:
-                done = await effects.stop(seen, action)
-            except OSError as error:
-                raise ReconcilerError(f"session {sid}: {error}") from error
-            detail = done.detail
-            tell(seen, Plan(Verdict.LEFTOVERS, "not wanted any more", (action,)), done)
-            ended.update(process for process in left if is_over(process))
-            if not done.success:
-                await asyncio.sleep(_STOP_PAUSE)
-        raise StillAliveError(f"what session {sid} has started cannot be ended: {detail}")
-
-    async def _stop(self, seen: Observation, probe: Probe) -> None:
-        """Look, decide, act, and look again until the session is over."""
-        effects = Effects(probe, self.ladder)
-        failures = 0
-        processes = set(processes_of(seen))
-        while (plan := decide(seen, Desired.ABSENT, self.policy)).verdict not in _OVER:
-            if not plan.actions and plan.again_after is None:
-                raise UnverifiableError(f"session {seen.sid} was left alone: {plan.reason}")
-            for action in plan.actions:
-                try:
-                    if isinstance(action, Instant):
-                        done = effects.instant(seen, action)
-                    elif isinstance(action, Stop):
-                        done = await effects.stop(seen, action)
-                    else:  # what is not wanted is not started
-                        raise TypeError(f"this is no part of a stop: {action}")
-                except OSError as error:
-                    raise ReconcilerError(f"session {seen.sid}: {error}") from error
-                failures = 0 if done.success else failures + 1
-                if failures and "alive" in done.detail:
-                    raise StillAliveError(f"session {seen.sid} was not ended: {done.detail}")
-                if failures >= _STOP_TRIES:
-                    raise UnverifiableError(f"session {seen.sid} was not ended: {done.detail}")
-            if plan.again_after is not None or failures:
-                await asyncio.sleep(plan.again_after or _STOP_PAUSE)
-            seen = probe.look(seen.sid, seen)
-            processes |= processes_of(seen)
-        await self.outlast(processes)
-
-    async def outlast(self, processes: Iterable[ProcessId]) -> None:
-        """Wait for those that have been killed and are not yet through with dying."""
-        for process in processes:
-            with Target(process, lambda: False) as target:
-                if not await target.wait(self.ladder.kill_grace):
-                    raise StillAliveError(f"process {process.pid} is alive after SIGKILL")
-
-
-_OVER = frozenset({Verdict.ABSENT, Verdict.LEFTOVERS})
-_STOP_TRIES = 20
-_STOP_PAUSE = 0.05
-
-
-def _launch(request: KeeperRequest) -> Launch:
-    return Launch(
-        policy=request.restart,
-        cwd=str(request.cwd),
-        agent_command=tuple(request.agent_command),
-        keeper_command=() if request.ours else tuple(request.keeper_command),
-        capture=request.capture,
-    )
+        return keep_no_longer(folder, sid)
 
 
 def _dated(entry: Entry, now: float) -> Entry:
     if entry.file is None:
         return entry
     return replace(entry, since=now - max(0.0, time.time() - entry.file.mtime_ns / 1e9))
-
-
-def processes_of(seen: Observation) -> frozenset[ProcessId]:
-    """The processes that end with a session: its proven keepers, and their agent."""
-    keepers = (each for each in (seen.keeper, *seen.rivals) if each.state is KeeperState.PROVEN)
-    agent = seen.agent.process if seen.agent.proven else None
-    found = (*(keeper.process for keeper in keepers), agent)
-    return frozenset(process for process in found if process is not None)

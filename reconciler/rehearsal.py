@@ -11,12 +11,14 @@ from typing import Any
 
 from reconciler.errors import FolderError, NoSuchSessionError, UnverifiableError
 from reconciler.folder import Folder
-from reconciler.keeper import KeeperManager, processes_of
+from reconciler.keeper import KeeperManager
 from reconciler.layout import Role, file_name, socket_address
 from reconciler.observations import EntryKind, KeeperState, Observation
 from reconciler.plans import Verdict
 from reconciler.screens import action_words
+from reconciler.starting import refuse_used
 from reconciler.state import Desired, decide
+from reconciler.stopping import processes_of
 from reconciler.trust import distrust_below
 
 _ENDED = frozenset({Verdict.ABSENT, Verdict.LEFTOVERS})
@@ -54,7 +56,7 @@ def spawn(manager: KeeperManager, sid: str | None, **options: Any) -> Start:  # 
             manager.refuse_untrusted(folder)
             _check_writable(folder)
             seen = manager.probe(folder).look(request.sid)
-            manager.refuse_used(seen)
+            refuse_used(seen, manager.policy)
             first = _cleared(seen, manager, folder)
     except FileNotFoundError:
         _check_place(manager.sessions_dir)

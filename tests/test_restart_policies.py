@@ -33,7 +33,7 @@ from conftest import (
     until,
 )
 
-from reconciler import keeper, launches
+from reconciler import launches, starting
 from reconciler.controller import Reconciler
 from reconciler.errors import (
     AlreadyRunningError,
@@ -321,7 +321,7 @@ async def test_a_start_that_we_broke_off_is_no_request_to_end(
         await happens(lambda: not alive(spawned.keeper_pid))
         judged, _ = launches.look(here, "s", 0.0, over=True)
         assert judged.file is not None
-        monkeypatch.setattr(keeper, "start", slow)
+        monkeypatch.setattr(starting, "start", slow)
         with pytest.raises(KeeperStartError):
             await manager.start_again("s", judged.file)
     found = manager.inspect("s")
@@ -376,7 +376,7 @@ async def test_a_stop_while_it_is_started_again(
             launches.forget(probe.folder, "s")  # what a stop does first, and then it is killed
         return started
 
-    monkeypatch.setattr(keeper, "start", start)
+    monkeypatch.setattr(starting, "start", start)
     async with running(manager) as (reconciler, told):
         await keeper_is_killed(spawned, manager)
         await happens(lambda: told.of("session.restart_failed", "s"))
@@ -407,12 +407,12 @@ async def test_whoever_has_come_in_its_place_is_left_alone(
 
     if again:
         spawned = await manager.spawn("s", agent_command=SINK, restart="always")
-        monkeypatch.setattr(keeper, "start", start)
+        monkeypatch.setattr(starting, "start", start)
         async with running(manager) as (_, told):
             await keeper_is_killed(spawned, manager)
             await happens(lambda: told.of("session.restart_failed", "s"))
     else:
-        monkeypatch.setattr(keeper, "start", start)
+        monkeypatch.setattr(starting, "start", start)
         with pytest.raises(FolderError, match="note down how session s"):
             await manager.spawn("s", agent_command=SINK, restart="always")
     (entry,) = await manager.discover()
@@ -453,7 +453,7 @@ async def test_a_stop_in_the_reconciler_while_it_is_started_again(
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(go.wait(), loop))
         return await really_start(request, probe)
 
-    monkeypatch.setattr(keeper, "start", start)
+    monkeypatch.setattr(starting, "start", start)
     async with running(manager) as (reconciler, told):
         await keeper_is_killed(spawned, manager)
         await asyncio.wait_for(begun.wait(), 20)
@@ -479,7 +479,7 @@ async def test_the_folder_stays_held_until_what_is_being_started_is(
         go.wait(WAIT)
         return await really_start(request, probe)
 
-    monkeypatch.setattr(keeper, "start", start)
+    monkeypatch.setattr(starting, "start", start)
     async with contextlib.AsyncExitStack() as first:
         await first.enter_async_context(running(manager))
         await keeper_is_killed(spawned, manager)
@@ -668,7 +668,7 @@ async def test_a_daemon_that_is_killed_as_it_starts_what_was_started_in_an_earli
         raise asyncio.CancelledError  # nothing that follows is done
 
     with monkeypatch.context() as patched, Folder(folder) as here:
-        patched.setattr(keeper, "start", killed)
+        patched.setattr(starting, "start", killed)
         entry, _ = launches.look(here, "s", 0.0, over=True)
         assert entry.file is not None
         with pytest.raises(asyncio.CancelledError):

@@ -13,6 +13,7 @@ from conftest import HUNG, SINK, WAIT, bare_socket, identity, stale_pair
 
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.layout import claims
+from reconciler.stopping import outlast
 
 ENDINGS = (".rpc.sock", ".rpc.sock.pid", ".rpc.sock.pi-pid")
 
@@ -69,7 +70,7 @@ class World:
     async def comes_back(self, sid: str, manager: KeeperManager) -> None:
         first = identity((await manager.spawn(sid, agent_command=HUNG)).keeper_pid)
         os.kill(first.pid, signal.SIGKILL)
-        await manager.outlast((first,))
+        await outlast((first,), manager.ladder)
         self.alive[sid] = await self._spawn(sid, manager)
 
     def _leave_socket(self, folder: Path, sid: str) -> None:
