@@ -135,7 +135,7 @@ def _find(folder: Folder, deadline: float) -> Found:
         reason = f"process {holder} holds the folder's lock, and does not say how it stands"
         return Found(State.NOT_KNOWN, holder, reason)
     except BlockingIOError:
-        return Found(State.NOT_KNOWN, holder, _silent(holder))
+        return Found(State.NOT_KNOWN, holder, silent(holder))
     except OSError as error:
         return Found(State.NOT_KNOWN, holder, f"{CONTROL_SOCKET} cannot be asked: {error.strerror}")
     stream = Stream(client)
@@ -153,11 +153,12 @@ def _ask(stream: Stream, holder: int | None, deadline: float, distrust: str) -> 
     except ValueError as error:
         return Found(State.NOT_KNOWN, holder, f"{CONTROL_SOCKET} answers, but not as ours: {error}")
     if status is None:
-        return Found(State.NOT_KNOWN, holder, _silent(holder))
+        return Found(State.NOT_KNOWN, holder, silent(holder))
     return Found(State.RUNNING, holder or status.get("pid"), "", status, stream)
 
 
-def _silent(holder: int | None) -> str:
+def silent(holder: int | None) -> str:
+    """The reason of one that listens, and does not answer in time."""
     who = f"process {holder}" if holder else "a process that cannot be named"
     return f"{who} holds the control socket, and does not answer: it hangs, or was stopped"
 

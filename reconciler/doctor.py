@@ -125,7 +125,7 @@ def judge_folder(facts: FolderFacts) -> Diagnosis:
     """Whether the folder is there, ours, and nobody else's."""
     path, quoted = str(facts.path), shlex.quote(str(facts.path))
     if not facts.there and facts.error:
-        advice = f"mkdir -p -m 700 {quoted} as who may, for you; or name another: --sessions-dir"
+        advice = "make it as who may, your own; or name another one, --sessions-dir"
         return problem("folder", f"{path} is not there, and {facts.error}", advice)
     if not facts.there:
         return ok("folder", f"{path} is not there yet: the daemon or the first session makes it")
@@ -382,13 +382,16 @@ def judge_service(facts: ServiceFacts) -> Diagnosis:
     return ok("service", f"running, process {facts.pid}")
 
 
-def judge_daemon(holder: int | None, program: str, service: int) -> Diagnosis:
+def judge_daemon(
+    holder: int | None, program: str, service: int, *, silent: bool = False
+) -> Diagnosis:
     """Whether somebody keeps the folder right, and who.
 
     Args:
         holder: the process that has the folder's lock; None: nobody, 0: that cannot be told.
         program: what that process runs.
         service: the process of the service, or 0.
+        silent: it listens, and does not answer.
     """
     if holder is None:
         advice = "pi-reconciler run, or service install: until then nothing is put right by itself"
@@ -396,6 +399,11 @@ def judge_daemon(holder: int | None, program: str, service: int) -> Diagnosis:
     if not holder:
         return ok("daemon", "who holds the folder's lock cannot be told: see pi-reconciler status")
     found = f"process {holder} ({program or 'not known'}) keeps the folder"
+    if silent:
+        advice = (
+            f"kill -CONT {holder} if it was stopped; if it hangs, kill -ABRT {holder} tells where"
+        )
+        return problem("daemon", f"{found}, and does not answer: it hangs, or was stopped", advice)
     if service and holder != service:
         advice = f"the service waits for process {holder} to end: stop one of the two"
         return warning("daemon", f"{found}, not the service's (process {service})", advice)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from reconciler.control_client import find, silent
 from reconciler.doctor import (
     Diagnosis,
     DiskFacts,
@@ -367,8 +368,13 @@ def _daemon(patient: Patient) -> Diagnosis:
     holder = None
     with contextlib.suppress(OSError), Folder(patient.sessions_dir) as folder:
         holder = folder.lock_holder()
-    service = _service_facts().pid if holder else 0
-    return judge_daemon(holder, _runs(holder) if holder else "", service)
+    if not holder:
+        return judge_daemon(holder, "", 0)
+    found = find(patient.sessions_dir)
+    if found.stream:
+        found.stream.close()
+    hangs = found.reason == silent(holder)
+    return judge_daemon(holder, _runs(holder), _service_facts().pid, silent=hangs)
 
 
 def _runs(pid: int) -> str:

@@ -80,7 +80,7 @@ def service(**facts: object) -> Diagnosis:
             folder(there=False, error="you may make none in /"),
             "problem",
             "/a b is not there, and you may make none in /",
-            "mkdir -p -m 700 '/a b'",
+            "--sessions-dir",
         ),
         (folder(error="Not a directory"), "problem", "Not a directory", "ls -ld '/a b'"),
         (folder(distrust="mode 0777"), "problem", "mode 0777", "only looks on"),
@@ -153,9 +153,25 @@ def service(**facts: object) -> Diagnosis:
         (service(lingers=False), "warning", "log out", "enable-linger"),
         (judge_daemon(None, "", 0), "warning", "nobody holds", "pi-reconciler run"),
         (judge_daemon(0, "", 0), "ok", "cannot be told", ""),
-        (judge_daemon(9, "python3", 0), "ok", "process 9 (python3) keeps the folder", ""),
+        (
+            judge_daemon(9, "python3", 0),
+            "ok",
+            "process 9 (python3) keeps the folder",
+            "",
+        ),
         (judge_daemon(9, "python3", 9), "ok", "process 9", ""),
-        (judge_daemon(9, "", 8), "warning", "not the service's (process 8)", "process 9 to end"),
+        (
+            judge_daemon(9, "python3", 9, silent=True),
+            "problem",
+            "process 9 (python3) keeps the folder, and does not answer",
+            "kill -CONT 9",
+        ),
+        (
+            judge_daemon(9, "", 8),
+            "warning",
+            "not the service's (process 8)",
+            "process 9 to end",
+        ),
     ],
 )
 def test_what_is_found_gets_a_state_and_an_advice(
