@@ -161,6 +161,16 @@ def test_a_folder_that_a_variable_names_is_one_that_a_service_has_to_be_told(
     assert told == ([folder] if beats else []), "what the file says a service knows by itself"
 
 
+def test_settings_that_are_no_good_hinder_nobody_who_asks_or_uninstalls(place: Place) -> None:
+    assert place.run("install").returncode == 0
+    place.answer.write_text("LoadState=loaded\nActiveState=active\n")
+    assert place.run("install", PI_RECONCILER_RESYNC="never").returncode == 78
+    assert place.run("status", PI_RECONCILER_RESYNC="never").returncode == 0
+    done = place.run("uninstall", PI_RECONCILER_RESYNC="never")
+    assert done.returncode == 0, done.stderr
+    assert not place.unit.exists()
+
+
 def test_settings_that_only_this_shell_finds_are_named(place: Place) -> None:
     config = place.home / "mine" / "pi-reconciler" / "config.toml"
     config.parent.mkdir(parents=True)

@@ -83,8 +83,8 @@ def install(given: Common, *, dry_run: bool, force: bool, hardened: bool) -> Non
 @service.command(short_help="Stop it, and remove it.")
 @dry_run_option
 @force_option
-@pass_common
-def uninstall(_: Common, *, dry_run: bool, force: bool) -> None:
+@common
+def uninstall(*, dry_run: bool, force: bool) -> None:
     """Stop the service, and remove it. Sessions, settings and logs stay.
 
     \b
@@ -98,8 +98,8 @@ def uninstall(_: Common, *, dry_run: bool, force: bool) -> None:
 
 @service.command(short_help="Tell whether it runs.")
 @json_option
-@pass_common
-def status(_: Common, *, as_json: bool) -> None:
+@common
+def status(*, as_json: bool) -> None:
     """Tell whether the service runs, as its manager says.
 
     Ends with 0 when it runs, with 3 when not, with 4 when that is not known: it is not
