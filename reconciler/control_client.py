@@ -32,6 +32,20 @@ _LONGEST = 1 << 20
 # Bytes of one line that are taken in: the log's are far shorter.
 
 
+_SAID: Mapping[str, type | tuple[type, ...]] = {
+    "version": str,
+    "pid": int,
+    "started_at": str,
+    "uptime_s": float,
+    "folder": str,
+    "sessions": dict,
+    "streams": bool,
+    "only_looks_on": (str, type(None)),
+    "last_action": (dict, type(None)),
+}
+# What a status has; what else it has may be newer than this.
+
+
 class State(enum.Enum):
     """Whether a daemon works on a folder."""
 
@@ -64,6 +78,7 @@ class Stream:
     def __init__(self, client: socket.socket) -> None:
         self._client = client
         self._rest = b""
+        self._whole: list[bytes] = []  # lines that came with the first one
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
@@ -75,6 +90,9 @@ class Stream:
 
     def read(self) -> list[bytes] | None:
         """The lines that have come, without waiting; None once no more will come."""
+        if self._whole:
+            lines, self._whole = self._whole, []
+            return lines
         try:
             data = self._client.recv(_PIECE)
         except BlockingIOError:
@@ -97,10 +115,22 @@ class Stream:
             if (lines := self.read()) is None:
                 raise ValueError("it hung up")
             if lines:
-                status = json.loads(lines[0])
-                self._rest = b"\n".join([*lines[1:], self._rest])
-                return status if isinstance(status, dict) else None
+                self._whole = lines[1:]
+                return _status(lines[0])
         return None
+
+
+def _status(line: bytes) -> dict[str, Any]:
+    """A daemon's first line; ValueError if it is none."""
+    try:
+        status = json.loads(line)
+    except RecursionError:
+        raise ValueError("its line nests too deep") from None
+    if not isinstance(status, dict) or not all(
+        key in status and isinstance(status[key], kind) for key, kind in _SAID.items()
+    ):
+        raise ValueError("its line is no status")
+    return status
 
 
 def find(path: Path, patience: float = PATIENCE) -> Found:

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -493,13 +494,33 @@ def impostor(folder: Path, says: bytes) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "says", [b"", b"hello\n", b"[1]\n", b'"no line', b"x" * (2 << 20)], ids=lambda says: says[:9]
+    "says",
+    [
+        *(b"", b"hello\n", b"[1]\n", b'"no line', b"x" * (2 << 20), b"[" * 100_000 + b"\n"),
+        *(b'{"pid":1}\n', b'{"event":"reconciler.status","streams":true}\n'),
+    ],
+    ids=lambda says: says[:9],
 )
 def test_what_is_no_status_is_not_believed(folder: Path, says: bytes) -> None:
     with impostor(folder, says):
         answer = find(folder, 0.2)
     assert (answer.state, answer.stream) == (State.NOT_KNOWN, None)
     assert answer.status == {}
+
+
+def test_lines_that_come_with_the_status_are_told_at_once_even_if_they_are_the_last() -> None:
+    status = {"version": "1", "pid": 1, "started_at": "", "uptime_s": 0.5, "folder": "/"}
+    status |= {"sessions": {}, "streams": True, "only_looks_on": None, "last_action": None}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(json.dumps(status).encode() + b'\n{"n":1}\n{"n":2}\n{"n')
+        ours.setblocking(False)
+        stream = Stream(ours)
+        assert stream.first(time.monotonic() + WAIT) == status
+        assert stream.read() == [b'{"n":1}', b'{"n":2}']
+        assert stream.read() == []
+        theirs.sendall(b'":3}\n')
+        assert stream.read() == [b'{"n":3}']
 
 
 def test_a_line_without_an_end_is_given_up() -> None:
