@@ -47,7 +47,7 @@ class Common(NamedTuple):
     def manager(self) -> KeeperManager:
         """The manager of the sessions folder, as the settings say."""
         from reconciler.keeper import KeeperManager
-        from reconciler.spawning import OUR_KEEPER
+        from reconciler.requests import OUR_KEEPER
 
         return KeeperManager(
             self.sessions_dir or self.settings.sessions_dir,

@@ -30,9 +30,9 @@ from reconciler.logs import make_logger
 from reconciler.observations import ProcessId
 from reconciler.plans import Verdict
 from reconciler.processes import Target, is_over
+from reconciler.requests import default_environment
 from reconciler.rpc_writer import RpcWriter
 from reconciler.sessions import Session
-from reconciler.spawning import default_environment
 from reconciler.stopping import processes_of
 
 T = TypeVar("T")

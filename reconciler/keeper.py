@@ -21,8 +21,9 @@ from reconciler.observations import Entry, FileId, KeeperState, Observation
 from reconciler.plans import Plan, Verdict
 from reconciler.probe import Probe
 from reconciler.registry import Registry
+from reconciler.requests import OUR_KEEPER, KeeperRequest, check, default_environment
 from reconciler.restarts import RestartLimits, RestartPolicy
-from reconciler.spawning import OUR_KEEPER, KeeperRequest, Started, check, default_environment
+from reconciler.spawning import Started
 from reconciler.starting import Starter, launch_of
 from reconciler.state import Desired, Policy, decide
 from reconciler.stopping import (

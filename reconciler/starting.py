@@ -27,15 +27,9 @@ from reconciler.leftovers import forget_wish
 from reconciler.observations import FileId, KeeperState, Observation
 from reconciler.plans import Plan, StopAgent, Verdict
 from reconciler.probe import Probe
+from reconciler.requests import OUR_KEEPER, KeeperRequest, check, environment_to_restart
 from reconciler.restarts import RestartLimits, recent
-from reconciler.spawning import (
-    OUR_KEEPER,
-    KeeperRequest,
-    Started,
-    check,
-    environment_to_restart,
-    start,
-)
+from reconciler.spawning import Started, start
 from reconciler.state import Desired, Policy, decide
 from reconciler.stopping import end_leftovers, end_session, keep_no_longer, processes_of
 

@@ -22,8 +22,8 @@ from conftest import (
 
 from reconciler.errors import NoSuchSessionError
 from reconciler.keeper import KeeperManager, SpawnedKeeper
+from reconciler.requests import OUR_KEEPER
 from reconciler.rpc_writer import RpcWriter
-from reconciler.spawning import OUR_KEEPER
 
 SID = "8c2c7f0e-2a4b-4c57-9d63-3f6f3f1f2a10"
 TOOLS = Path(__file__).parents[1] / ".tools" / "agent" / "node_modules" / ".bin" / "pi"

@@ -27,6 +27,7 @@ from reconciler.errors import InvalidRequestError
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM, registry_file
 from reconciler.processes import SYSTEM
+from reconciler.requests import KeeperRequest
 from reconciler.rpc_writer import (
     MAX_LINE,
     BlockingRpcWriter,
@@ -34,7 +35,6 @@ from reconciler.rpc_writer import (
     StreamBrokenError,
     WritePolicy,
 )
-from reconciler.spawning import KeeperRequest
 from reconciler.testing import Behaviour, FakeKeeper
 
 ENV = "canary-of-the-environment"

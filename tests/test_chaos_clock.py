@@ -22,7 +22,7 @@ from reconciler.keeper import KeeperManager
 from reconciler.plans import Verdict
 from reconciler.portable import PORTABLE
 from reconciler.probe import Probe
-from reconciler.spawning import default_environment
+from reconciler.requests import default_environment
 from reconciler.state import Desired, Policy, decide
 
 CHECKED = "nobody condemned, the dead still cleaned"

@@ -22,7 +22,7 @@ from stand_ins import agent_of, recorder
 
 from reconciler.keeper import KeeperManager
 from reconciler.observations import ProcessId
-from reconciler.spawning import OUR_KEEPER
+from reconciler.requests import OUR_KEEPER
 
 ROOT = os.geteuid() == 0
 BOUND = ("setpriv", "--inh-caps=-all", "--bounding-set=-all") if ROOT else ()

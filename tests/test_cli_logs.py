@@ -18,7 +18,7 @@ from conftest import PROGRAM, WAIT, asynchronous, program_environment, until
 from stand_ins import ending
 
 from reconciler import KeeperManager
-from reconciler.spawning import default_environment
+from reconciler.requests import default_environment
 
 OURS = (
     '{{"timestamp": "{}", "level": "warning", "event": "keeper.no_room", "message": "no room",'

@@ -45,8 +45,8 @@ from reconciler.layout import KEEPER_PROGRAM, registry_file
 from reconciler.observations import Observation
 from reconciler.plans import Verdict
 from reconciler.processes import SYSTEM
+from reconciler.requests import OUR_KEEPER
 from reconciler.sessions import Session
-from reconciler.spawning import OUR_KEEPER
 from reconciler.state import Desired, Policy
 
 SID = "8c2c7f0e-2a4b-4c57-9d63-3f6f3f1f2a10"

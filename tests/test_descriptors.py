@@ -13,7 +13,7 @@ from conftest import WAIT, program_environment, until
 SCRIPT = """
 import resource, sys
 from reconciler.descriptors import raise_limit
-from reconciler.spawning import OUR_KEEPER
+from reconciler.requests import OUR_KEEPER
 from reconciler.sync import KeeperManager
 
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

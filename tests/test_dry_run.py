@@ -19,7 +19,7 @@ from conftest import (
 )
 
 from reconciler import KeeperManager
-from reconciler.spawning import default_environment
+from reconciler.requests import default_environment
 
 
 def run(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

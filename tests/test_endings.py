@@ -12,8 +12,8 @@ from conftest import HUNG, NODE_KEEPER, alive, asynchronous, happens
 from reconciler.endings import TAIL, ending_in, ending_of
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
+from reconciler.requests import OUR_KEEPER
 from reconciler.restarts import Ending
-from reconciler.spawning import OUR_KEEPER
 
 START = {"event": "keeper.start"}
 READY = {"event": "keeper.ready"}

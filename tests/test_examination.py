@@ -20,7 +20,7 @@ from test_cli import Cli, cli, lines_of
 from reconciler import KeeperManager, Reconciler, examination
 from reconciler.doctor import Diagnosis, State, ok
 from reconciler.examination import CHECKS, Patient, examine
-from reconciler.spawning import OUR_KEEPER
+from reconciler.requests import OUR_KEEPER
 
 __all__ = ["cli"]
 

@@ -26,7 +26,7 @@ from reconciler.observations import KeeperState, Listening
 from reconciler.plans import Verdict
 from reconciler.probe import Probe
 from reconciler.processes import LINUX
-from reconciler.spawning import OUR_KEEPER
+from reconciler.requests import OUR_KEEPER
 from reconciler.state import Desired, Policy, decide
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"

@@ -53,7 +53,7 @@ from reconciler.ladder import Ladder
 from reconciler.layout import KEEPER_PROGRAM, InvalidSessionIdError
 from reconciler.plans import Verdict
 from reconciler.processes import SYSTEM, Target
-from reconciler.spawning import OUR_KEEPER, default_environment
+from reconciler.requests import OUR_KEEPER, KeeperRequest, default_environment
 from reconciler.state import Policy
 
 TELL = Path(__file__).with_name("agents") / "tell.py"
@@ -629,7 +629,7 @@ async def test_a_start_that_fails_spares_the_logs_of_who_came_up_meanwhile(
 ) -> None:
     await node_manager.spawn(sid, agent_command=SINK)  # it takes no lock on its log
     names = [f"keeper-{sid}.log", f"keeper-launch-{sid}.log"]
-    request = spawning.KeeperRequest(sid=sid, cwd=folder, env={})
+    request = KeeperRequest(sid=sid, cwd=folder, env={})
     with Folder(folder) as opened:
         spawning._clean(request, node_manager.probe(opened), names)
     assert all((folder / name).exists() for name in names)

@@ -53,9 +53,10 @@ from reconciler.observations import FileId
 from reconciler.plans import Verdict
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM
+from reconciler.requests import OUR_KEEPER, KeeperRequest
 from reconciler.restarts import RestartLimits, RestartPolicy
 from reconciler.sessions import Session
-from reconciler.spawning import OUR_KEEPER, KeeperRequest, Started
+from reconciler.spawning import Started
 from reconciler.spawning import start as really_start
 from reconciler.state import Policy
 

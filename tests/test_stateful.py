@@ -52,7 +52,7 @@ from reconciler.keeper import KeeperManager
 from reconciler.layout import claims
 from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
-from reconciler.spawning import OUR_KEEPER
+from reconciler.requests import OUR_KEEPER
 
 CAMPAIGN = bool(os.environ.get("PI_RECONCILER_CAMPAIGN"))
 HISTORIES = int(os.environ.get("PI_RECONCILER_HISTORIES", "300" if CAMPAIGN else "5"))

@@ -106,7 +106,7 @@ def _writers(path: Path) -> str:
 def _patient(settings: Settings) -> Patient:
     from reconciler.examination import Patient
     from reconciler.keeper import default_sessions_dir
-    from reconciler.spawning import OUR_KEEPER
+    from reconciler.requests import OUR_KEEPER
 
     folder: Path | None = chosen().get("sessions_dir") or settings.sessions_dir
     return Patient(

@@ -91,7 +91,7 @@ def spawn(
     import asyncio
     import json
 
-    from reconciler.spawning import default_environment
+    from reconciler.requests import default_environment
 
     manager = given.manager()
     options: dict[str, Any] = {
