@@ -680,8 +680,8 @@ def test_stop_leaves_alone_what_it_cannot_prove_and_says_1(cli: Cli, tmp_path: P
 
 
 def test_stop_wants_ids_or_all_and_not_both(cli: Cli) -> None:
-    assert "give session ids, or --all" in cli.fails(2, "stop")
-    assert "give session ids, or --all" in cli.fails(2, "stop", "a", "--all")
+    assert "give session ids, or --all, and not both" in cli.fails(2, "stop")
+    assert "give session ids, or --all, and not both" in cli.fails(2, "stop", "a", "--all")
 
 
 # -- run --------------------------------------------------------------------------------

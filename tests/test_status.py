@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import WAIT, Daemon, stale_pair, until
 from terminal import Terminal, a_terminal
-from test_cli import Cli
+from test_cli import Cli, recorder
 from test_cli import cli as cli  # noqa: PLC0414 - a fixture
 
 from reconciler.commands.events import readable
@@ -388,6 +388,17 @@ def test_a_watched_list_on_a_terminal_follows_fits_and_leaves_no_trace(
     assert terminal.is_as_before()
     terminal.type("echo code $?")
     terminal.shows("code 130")
+
+
+def test_lines_that_are_typed_are_not_written_over(
+    cli: Cli, terminal: Terminal, tmp_path: Path
+) -> None:
+    got = tmp_path / "got"
+    cli.spawn("demo", *recorder(got))
+    terminal.type("pi-reconciler write demo -")
+    terminal.type("hello")
+    until(lambda: got.read_text() == "hello\n")
+    assert "lines written" not in terminal.screen
 
 
 def test_a_watched_list_that_ctrl_z_stops_gives_the_terminal_back_and_goes_on(

@@ -61,7 +61,7 @@ def stop(
 
     manager = given.manager()
     if everything == bool(sids):
-        raise click.UsageError("give session ids, or --all")
+        raise click.UsageError("give session ids, or --all, and not both")
     for sid in sids:
         check_sid(sid)
     chosen = dict.fromkeys(sids or (finding.seen.sid for finding in manager.find()))

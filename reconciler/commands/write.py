@@ -176,8 +176,8 @@ def _lines() -> Iterator[bytes]:
 
 
 def _progress(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """Count the lines on the terminal, if standard error is one."""
-    if not sys.stderr.isatty():
+    """Count the lines on the terminal, if standard error is one, and nobody types there."""
+    if not sys.stderr.isatty() or sys.stdin is None or sys.stdin.isatty():
         yield from lines
         return
     with click.progressbar(lines, label="lines written", show_pos=True, file=sys.stderr) as bar:
