@@ -251,12 +251,12 @@ QUEUE = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
 WITNESS = """
 import os, sys, time
 from test_chaos_events import delays
-from reconciler import cli, watcher
-real = watcher._SessionsFolder.on_queue_overflow
+from reconciler import cli, inotify
+real = inotify._SessionsFolder.on_queue_overflow
 def told(self):
     print("overflow", time.monotonic(), delays(os.getpid()), file=sys.stderr, flush=True)
     real(self)
-watcher._SessionsFolder.on_queue_overflow = told
+inotify._SessionsFolder.on_queue_overflow = told
 cli.main()
 """
 """The background process; it also says at which moment the kernel's notice comes."""

@@ -35,7 +35,7 @@ from conftest import (
 )
 from stand_ins import running as program
 
-from reconciler import effects, exits, ladder, probe, removal, watcher
+from reconciler import effects, exits, inotify, ladder, probe, removal
 from reconciler.controller import Reconciler
 from reconciler.errors import FolderError, FolderLockedError, NoSuchSessionError, UnverifiableError
 from reconciler.hints import AT_ONCE
@@ -1129,7 +1129,7 @@ async def test_a_folder_that_cannot_be_watched_is_told_of_once_and_looked_at_all
     def none_left(_: object) -> None:
         raise OSError(24, "inotify instance limit reached")
 
-    monkeypatch.setattr(watcher, "_Inotify", none_left)
+    monkeypatch.setattr(inotify, "_Inotify", none_left)
     looks: list[Reconciler] = []
     real = Reconciler._look_at_all
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import as_nobody, bare_socket, root, until
 
-from reconciler import watcher as watching
+from reconciler import inotify
 from reconciler.watcher import LOOK_AT_ALL, SessionsWatcher
 
 SID = "8c2c7f0e-2a4b-4c57-9d63-3f6f3f1f2a10"
@@ -442,17 +442,17 @@ def test_no_descriptor_or_thread_is_lost_over_many_layings(folder: Path) -> None
 def test_a_folder_that_goes_while_it_is_laid_costs_no_descriptor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, before = watching._chain, descriptors()
+    real, before = inotify._chain, descriptors()
     gone = threading.Event()
 
-    def just_gone(target: str) -> watching.Chain:
+    def just_gone(target: str) -> inotify.Chain:
         chain = real(target)
         if not gone.is_set() and chain[-1][0] == target:
             folder.rmdir()
             gone.set()
         return chain
 
-    monkeypatch.setattr(watching, "_chain", just_gone)
+    monkeypatch.setattr(inotify, "_chain", just_gone)
     it = Watched(folder)
     it.start()
     try:
