@@ -180,7 +180,7 @@ def _socket(seen: Observation) -> str:
         return _entry(seen.socket)
     match seen.listening:
         case Listening.ANSWERED if seen.listener is not None:
-            return f"process {seen.listener.pid} answers"
+            return f"process {seen.listener.pid} listens"
         case Listening.ANSWERED:
             return "answers, by whom cannot be told"
         case Listening.REFUSED:

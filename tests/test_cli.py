@@ -535,7 +535,7 @@ def test_inspect_shows_evidence_judgement_and_what_would_be_done(cli: Cli) -> No
         rf"alive for \d+s: process {pid} runs keeper_process.py .*", shown["keeper"]
     )
     assert shown["agent"] == f"alive: process {agent} is the keeper's child"
-    assert shown["socket"] == f"process {pid} answers"
+    assert shown["socket"] == f"process {pid} listens"
     assert shown["pid file"] == f"names process {pid}"
     assert shown["agent pid file"] == f"names process {agent}"
     assert shown["phase"] == "ready, because: keeper proven"

@@ -186,7 +186,7 @@ async def test_write_checks_the_lines_and_asks_the_keeper_and_writes_nothing(
     agent = ("sh", "-c", f"exec cat > {got}")
     await manager.spawn("demo", agent_command=agent, env=default_environment())
     shown = run(folder, "write", "demo", '{"a":1}', "--dry-run")
-    assert (shown.returncode, shown.stdout) == (0, "would write 8 bytes in 1 lines to demo\n")
+    assert (shown.returncode, shown.stdout) == (0, "would write 8 bytes in 1 line to demo\n")
     shown = run(folder, "write", "demo", "-", "--dry-run", "--json", stdin='{"a":1}\n\n{"b":22}\n')
     told = json.loads(shown.stdout)
     assert (told["dry_run"], told["outcome"], told["total"], told["size"]) == (

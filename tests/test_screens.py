@@ -52,7 +52,7 @@ def test_evidence_comes_first_then_the_judgement_and_what_would_be_done() -> Non
     assert list(shown(SEEN).items()) == [
         ("keeper", "alive for 1m15s: it listens"),
         ("agent", "alive: its child"),
-        ("socket", "process 4711 answers"),
+        ("socket", "process 4711 listens"),
         ("pid file", "names process 4711"),
         ("agent pid file", "absent"),
         ("", ""),

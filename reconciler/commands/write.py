@@ -96,7 +96,8 @@ def write(
     if as_json:
         print_json({**_delivery(delivery), **told})
     elif told and delivery.delivered:
-        click.echo(f"would write {told['size']} bytes in {told['total']} lines to {sid}")
+        lines = "1 line" if told["total"] == 1 else f"{told['total']} lines"
+        click.echo(f"would write {told['size']} bytes in {lines} to {sid}")
     if delivery.delivered:
         return
     claims = (Role.SOCKET, Role.PID_FILE)
