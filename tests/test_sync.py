@@ -71,9 +71,7 @@ def test_no_async_method_is_left_in_the_sync_face() -> None:
     for kind in (sync.KeeperManager, sync.RpcWriter):
         public = [n for n, _ in inspect.getmembers(kind, callable) if not n.startswith("_")]
         left = [n for n in public if inspect.iscoroutinefunction(getattr(kind, n))]
-        assert left == (
-            [] if kind is sync.RpcWriter else ["end_leftovers", "outlast", "start_again"]
-        )
+        assert left == ([] if kind is sync.RpcWriter else ["start_again"])
 
 
 def test_within_a_running_loop_it_is_refused_with_what_to_do_instead(folder: Path) -> None:
