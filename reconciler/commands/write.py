@@ -64,7 +64,8 @@ def write(
     Ends with 0 when all is in the agent's input, with 75 when nothing was handed over (it
     is safe to try again), with 76 when that cannot be known, with 3 when there is no such
     session. The lines of standard input go through one connection; blank ones are skipped.
-    With --dry-run the lines are checked and the keeper is asked, and nothing is written.
+    With --dry-run the lines are checked, and the keeper is asked to take none of them: the
+    outcome is that of the asking.
 
     \b
     One command:                      pi-reconciler write demo '{"type":"get_state","id":"1"}'
