@@ -33,6 +33,10 @@ from reconciler.spawning import Started, start
 from reconciler.state import Desired, Policy, decide
 from reconciler.stopping import end_leftovers, end_session, keep_no_longer, processes_of
 
+_GOES = 2.0
+# Seconds that a keeper of another make which is being started again may take until it is up, and
+# was ended since it is not to be. One of ours waits for the lock as long by itself.
+
 
 class Starter:
     """Starts sessions in one open folder.
@@ -54,12 +58,27 @@ class Starter:
     async def start(self, request: KeeperRequest) -> Started:
         """Start a session for the first time; see `KeeperManager.spawn`."""
         await self._make_free(request.sid)
-        keep_no_longer(self._folder, request.sid)  # the session before is not started again
-        started = await start(request, self._probe)
+        kept = keep_no_longer(self._folder, request.sid)  # the one before is not started again
+        started = await (self._start_instead(request) if kept else start(request, self._probe))
         forget_wish(self._folder, request.sid)  # it was about the session before
         if request.restart != "never":
             await self._note_launch(request, started)
         return started
+
+    async def _start_instead(self, request: KeeperRequest) -> Started:
+        """Start a session whose name may be just being started again, as noted down before.
+
+        That one ends by itself, now that its note is gone.
+        """
+        deadline = time.monotonic() + _GOES
+        while True:
+            try:
+                await self._make_free(request.sid)
+                return await start(request, self._probe)
+            except AlreadyRunningError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_GOES / 40)
 
     async def _note_launch(self, request: KeeperRequest, started: Started) -> None:
         """Note down how to start a session again; if that cannot be done it is ended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -532,6 +533,35 @@ async def test_a_new_session_of_the_name_ends_the_restarts_of_the_old_one(folder
         await manager.spawn("s", agent_command=SINK)
         await soon(reconciler.wait_for("s", is_in(V.READY)))
         assert not note_of(folder).exists()
+
+
+@asynchronous
+async def test_a_new_session_of_the_name_waits_for_one_that_is_just_being_started_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another make's keepers are started one at a time; that one goes, for its note is gone."""
+    manager = manager_of(folder, command=NODE)
+    old = await manager.spawn("s", agent_command=SINK, restart="always")
+    await keeper_is_killed(old, manager)
+    await happens(lambda: not alive(old.keeper_pid))
+    turn = os.open(folder / "keeper-launch-s.log", os.O_RDONLY)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    refused: list[str] = []
+
+    async def start(request: KeeperRequest, probe: Probe) -> Started:
+        try:
+            return await really_start(request, probe)
+        except AlreadyRunningError as error:
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            refused.append(str(error))
+            raise
+
+    monkeypatch.setattr(starting, "start", start)
+    spawned = await manager.spawn("s", agent_command=SINK)
+    os.close(turn)
+    assert refused == ["session s is just being started"]
+    assert alive(spawned.keeper_pid)
+    assert not note_of(folder).exists()
 
 
 @asynchronous
