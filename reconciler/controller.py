@@ -682,6 +682,8 @@ class Reconciler:
                 self._reporter.swept(report, acting=acting)
 
     def _tell_half_read(self, served: Served, error: OSError) -> None:
+        if served is not self._folder:
+            return  # it is gone: that was told
         reason = f"not all could be looked at: {error.strerror}"
         self._log.warning("folder.half_read", folder=str(served.folder.path), reason=reason)
 

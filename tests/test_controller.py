@@ -1372,3 +1372,26 @@ async def test_a_folder_that_was_opened_this_instant_is_left_alone(
         os.kill(spawned.keeper_pid, signal.SIGKILL)
         await happens(lambda: told.of("session.planned", SID), "it is told what would be done")
         assert claims_of(folder) == ALL
+
+
+@asynchronous
+async def test_a_folder_that_goes_while_processes_are_scanned_is_told_of_once(
+    folder: Path, manager: KeeperManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread scans; what would follow from it has nothing to act upon any more."""
+    scan = probe.Probe.scan_all
+    scans: list[bool] = []
+    async with running(manager) as (reconciler, told):
+
+        def scan_all(self: probe.Probe) -> probe.Suspects:
+            if not scans:
+                folder.rename(folder.with_name("moved"))
+                until(lambda: told.of("folder.gone"))
+            scans.append(True)
+            return scan(self)
+
+        monkeypatch.setattr(probe.Probe, "scan_all", scan_all)
+        reconciler._hint("*", 0.0)
+        await happens(lambda: told.of("folder.gone") and scans and not reconciler._tasks)
+        assert told.of("folder.half_read") == []
+    folder.with_name("moved").rename(folder)
