@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from reconciler.budget import LogBudget
@@ -23,21 +23,19 @@ from reconciler.errors import (
     FolderError,
     FolderLockedError,
     NoSuchSessionError,
-    ReconcilerError,
     UnverifiableError,
 )
 from reconciler.exits import Exits
+from reconciler.finding import SLICE, Finder
 from reconciler.folder import Folder
 from reconciler.hints import AT_ONCE, Hints
 from reconciler.keeper import KeeperManager, SpawnedKeeper
-from reconciler.layout import CONCERN, Role, check_sid, parse_name
-from reconciler.leftovers import forget_wish
+from reconciler.layout import check_sid
 from reconciler.logs import get_logger
 from reconciler.observations import KeeperState, Observation, ProcessId
 from reconciler.plans import Instant, Plan, Restart, Stop, Verdict
-from reconciler.probe import NO_SUSPECTS, Suspects
-from reconciler.removal import is_taken, recover
 from reconciler.reports import Log, Reporter
+from reconciler.restarting import Restarts
 from reconciler.retries import FIRST, Retries
 from reconciler.served import Served
 from reconciler.sessions import Session, SessionTable
@@ -54,9 +52,6 @@ if TYPE_CHECKING:
 RESYNC = 60.0
 """Seconds between two full looks when nothing asks for one; the design's number."""
 
-SLICE = 0.005
-"""Seconds of looking after which the event loop gets its turn."""
-
 LEFTOVER_PAUSE = 1.0
 """Seconds from a session's end until what it left behind is looked for: what ends with it
 has ended by then, and one scan does for many that end together."""
@@ -66,13 +61,6 @@ LOOK_FOR_LEFTOVERS = "+"
 
 LOOK_AT_PROCESSES = "&"
 """The hint to scan for what no file tells of; no session id can be this."""
-
-RESTARTS_AT_ONCE = 4
-"""Sessions that are being started again at the same time: each takes a thread, of which the
-event loop has five at least, and some 20 ms of a core."""
-
-_ENOUGH_SCANS = 3
-_NOTHING_THERE = frozenset({Verdict.ABSENT, Verdict.MISSING})
 
 
 class Reconciler:
@@ -120,15 +108,15 @@ class Reconciler:
         self._reporter = Reporter(self._log, self.metrics)
         self._control = Control(self._log, self.sessions) if control and not dry_run else None
         self._hints = Hints()
+        self._finder = Finder(
+            self.sessions, self._hint, self._may_not_act, self._reporter, self._sweeper
+        )
         self._inbox: set[str] = set()
         self._inbox_lock = threading.Lock()
         self._folder: Served | None = None
         self._complaint = ""
-        self._suspects: dict[str, Suspects] = {}
-        self._wishes: set[str] = set()
-        self._unneeded: dict[str, int] = {}
         self._retries = Retries()
-        self._restarts = asyncio.Semaphore(RESTARTS_AT_ONCE)
+        self._restarts = Restarts()
         self._failures = Retries()
         self._exited_at: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -455,7 +443,7 @@ class Reconciler:
     def _look_and_act(self, sid: str, served: Served) -> bool:
         """Look, decide and act; whether a task has the session in work now."""
         row = self.sessions.row(sid)
-        suspects = self._suspects.pop(sid, NO_SUSPECTS)
+        suspects = self._finder.suspects_of(sid)
         seen = suspects.look(served.probe, sid, row.seen)
         plan = decide(seen, row.desired, self.manager.policy, self.manager.restart_limits)
         news = self.sessions.record(seen, plan)
@@ -531,7 +519,7 @@ class Reconciler:
         try:
             for action in actions:
                 if isinstance(action, Restart):
-                    done = await self._restart(seen.sid, action)
+                    done = await self._restarts.start(self.manager, seen.sid, action)
                 else:
                     done = await served.effects.stop(seen, action)
                 self._tell_done(seen, plan, done)
@@ -543,25 +531,6 @@ class Reconciler:
         finally:
             self._hints.release(seen.sid)
             self._wake()
-
-    async def _restart(self, sid: str, action: Restart) -> Done:
-        """Start a session again, in a thread: what it is started in may be a disk that hangs."""
-        async with self._restarts:
-            begun = time.monotonic()
-            started = self._loop.create_task(
-                asyncio.to_thread(lambda: asyncio.run(self.manager.start_again(sid, action.note)))
-            )
-            try:
-                spawned = await asyncio.shield(started)
-            except asyncio.CancelledError:  # a thread goes on: until then the folder stays ours
-                await asyncio.gather(started, return_exceptions=True)
-                raise
-            except (ReconcilerError, ValueError) as error:
-                # What follows may be the end of a log, and that may hold what an agent was given.
-                success, detail = False, str(error).partition("; ")[0]
-            else:
-                success, detail = True, f"keeper {spawned.keeper_pid} started"
-            return Done(action, success, detail, time.monotonic() - begun)
 
     # All sessions.
 
@@ -602,52 +571,8 @@ class Reconciler:
         The scan waits in the queue behind all that was found by then: it runs beside the loop,
         and would take the interpreter from it.
         """
-        try:
-            self._wishes = await self._list(served)
+        if await self._finder.by_names(served):
             self._hint(LOOK_AT_PROCESSES, time.monotonic())
-        except OSError as error:
-            self._tell_half_read(served, error)
-
-    def _forget_wishes(self, folder: Folder, marked: Collection[str]) -> None:
-        """Drop notes about leftovers once several scans in a row have found none.
-
-        One scan can miss a process that is between a fork and an exec.
-        """
-        sids = self._wishes.difference(marked, self.sessions)
-        self._unneeded = {sid: self._unneeded.get(sid, 0) + 1 for sid in sids}
-        for sid, scans in self._unneeded.items():
-            if scans >= _ENOUGH_SCANS:
-                forget_wish(folder, sid)
-
-    async def _list(self, served: Served) -> set[str]:
-        """Ask for a look at every session that a name stands for, in slices of time.
-
-        Returns:
-            The sessions that have a wish about their leftovers noted down.
-        """
-        wishes = set()
-        end = time.monotonic() + SLICE
-        for name in served.folder.names():
-            parsed = parse_name(name)
-            if parsed is not None and parsed.role in CONCERN:
-                self._hint(parsed.sid, time.monotonic())
-            elif parsed is not None and parsed.role is Role.LEAVE:
-                wishes.add(parsed.sid)
-            elif is_taken(name) and not self._may_not_act():
-                self._recover(served.folder, name)
-            if time.monotonic() > end:
-                await asyncio.sleep(0)
-                end = time.monotonic() + SLICE
-        return wishes
-
-    async def _scan(self, served: Served) -> Suspects:
-        """Ask for a look at what only processes tell of: a walk over them, beside the loop."""
-        suspects = await asyncio.to_thread(served.probe.scan_all)
-        for sid in suspects.sids:
-            if suspects.news_for(self.sessions.row(sid)):
-                self._suspects[sid] = suspects
-                self._hint(sid, time.monotonic())
-        return suspects
 
     def _look_at_processes(self, key: str) -> None:
         """Scan for what ended sessions have left, or for all that no file tells of."""
@@ -657,42 +582,14 @@ class Reconciler:
             self._begin(self._find_by_processes(key, self._folder))
 
     async def _find_by_processes(self, key: str, served: Served) -> None:
+        full = key == LOOK_AT_PROCESSES
         try:
-            suspects = await self._scan(served)
-            if key == LOOK_AT_PROCESSES and not self._may_not_act():
-                self._forget_wishes(served.folder, suspects.marked.keys())
-            if key == LOOK_AT_PROCESSES:
-                self._begin(self._sweep_logs(served, suspects.sids))
-        except OSError as error:
-            self._tell_half_read(served, error)
+            found = await self._finder.by_processes(served, full=full)
         finally:
             self._hints.release(key)
             self._wake()
-
-    async def _sweep_logs(self, served: Served, found: Collection[str]) -> None:
-        """Bring the logs into their budget, beside the loop, as the last part of a full look."""
-        there = (sid for sid, row in self.sessions.items() if row.phase not in _NOTHING_THERE)
-        acting = not self._may_not_act()
-        try:
-            report = await self._sweeper.beside(served.folder, {*found, *there}, act=acting)
-        except OSError as error:
-            self._tell_half_read(served, error)
-        else:
-            if report is not None:
-                self._reporter.swept(report, acting=acting)
-
-    def _tell_half_read(self, served: Served, error: OSError) -> None:
-        if served is not self._folder:
-            return  # it is gone: that was told
-        reason = f"not all could be looked at: {error.strerror}"
-        self._log.warning("folder.half_read", folder=str(served.folder.path), reason=reason)
-
-    def _recover(self, folder: Folder, name: str) -> None:
-        try:
-            if fate := recover(folder, name):
-                self._log.warning("removal.recovered", name=name, fate=fate.value)
-        except OSError as error:
-            self._log.error("removal.failed", name=name, error=str(error.strerror))
+        if full and found is not None:
+            await self._finder.sweep_logs(served, found)
 
     def _serve_folder(self) -> None:
         """Hold the folder that the path leads to now, if any, and its lock."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reconciler.effects import Done
@@ -175,6 +176,19 @@ class Reporter:
         self._sweep_failures = frozenset(report.failures)
         if self._metrics is not None:
             self._metrics.swept(report, acting=acting)
+
+    def half_read(self, folder: Path, error: OSError) -> None:
+        """Not all of a folder could be read."""
+        reason = f"not all could be looked at: {error.strerror}"
+        self._log.warning("folder.half_read", folder=str(folder), reason=reason)
+
+    def recovered(self, name: str, fate: str) -> None:
+        """A removal that was cut off was brought to its end."""
+        self._log.warning("removal.recovered", name=name, fate=fate)
+
+    def not_recovered(self, name: str, error: OSError) -> None:
+        """A removal that was cut off could not be brought to its end."""
+        self._log.error("removal.failed", name=name, error=str(error.strerror))
 
     def _tell(
         self, log: Callable[..., Any], event: str, seen: Observation, plan: Plan, **more: object

@@ -1,0 +1,147 @@
+"""Finding the sessions of a folder: by the names in it, and by what only processes tell of.
+
+What is found is asked to be looked at; nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+
+from reconciler.folder import Folder
+from reconciler.layout import CONCERN, Role, parse_name
+from reconciler.leftovers import forget_wish
+from reconciler.plans import Verdict
+from reconciler.probe import NO_SUSPECTS, Suspects
+from reconciler.removal import is_taken, recover
+from reconciler.reports import Reporter
+from reconciler.served import Served
+from reconciler.sessions import SessionTable
+from reconciler.sweep import LogSweeper
+
+SLICE = 0.005
+"""Seconds of looking after which the event loop gets its turn."""
+
+_ENOUGH_SCANS = 3
+_NOTHING_THERE = frozenset({Verdict.ABSENT, Verdict.MISSING})
+
+
+class Finder:
+    """Finds what there is, in the parts of a full look: names, processes, logs.
+
+    Args:
+        sessions: what is known already.
+        hint: called with a session id, and when it is to be looked at.
+        may_not_act: why the folder must be left alone, or nothing.
+        reporter: tells what could not be read, and what was swept.
+        sweeper: brings the logs into their budget.
+    """
+
+    def __init__(
+        self,
+        sessions: SessionTable,
+        hint: Callable[[str, float], None],
+        may_not_act: Callable[[], str],
+        reporter: Reporter,
+        sweeper: LogSweeper,
+    ) -> None:
+        self._sessions = sessions
+        self._hint = hint
+        self._may_not_act = may_not_act
+        self._reporter = reporter
+        self._sweeper = sweeper
+        self._suspects: dict[str, Suspects] = {}
+        self._wishes: set[str] = set()
+        self._unneeded: dict[str, int] = {}
+
+    def suspects_of(self, sid: str) -> Suspects:
+        """What a scan has found for the next look at a session; it is good for one."""
+        return self._suspects.pop(sid, NO_SUSPECTS)
+
+    async def by_names(self, served: Served) -> bool:
+        """Ask for a look at every session that a name stands for; whether all could be read."""
+        try:
+            self._wishes = await self._list(served)
+        except OSError as error:
+            self._tell_half_read(served.folder, error)
+            return False
+        return True
+
+    async def _list(self, served: Served) -> set[str]:
+        """Go through the names, in slices of time.
+
+        Returns:
+            The sessions that have a wish about their leftovers noted down.
+        """
+        wishes = set()
+        end = time.monotonic() + SLICE
+        for name in served.folder.names():
+            parsed = parse_name(name)
+            if parsed is not None and parsed.role in CONCERN:
+                self._hint(parsed.sid, time.monotonic())
+            elif parsed is not None and parsed.role is Role.LEAVE:
+                wishes.add(parsed.sid)
+            elif is_taken(name) and not self._may_not_act():
+                self._recover(served.folder, name)
+            if time.monotonic() > end:
+                await asyncio.sleep(0)
+                end = time.monotonic() + SLICE
+        return wishes
+
+    def _recover(self, folder: Folder, name: str) -> None:
+        try:
+            if fate := recover(folder, name):
+                self._reporter.recovered(name, fate.value)
+        except OSError as error:
+            self._reporter.not_recovered(name, error)
+
+    async def by_processes(self, served: Served, *, full: bool) -> Collection[str] | None:
+        """Ask for a look at what only processes tell of: a walk over them, beside the loop.
+
+        Args:
+            served: the folder.
+            full: it is part of a full look, that has gone through the names before.
+
+        Returns:
+            The sessions that have a process; None if not all could be looked at.
+        """
+        try:
+            suspects = await asyncio.to_thread(served.probe.scan_all)
+            for sid in suspects.sids:
+                if suspects.news_for(self._sessions.row(sid)):
+                    self._suspects[sid] = suspects
+                    self._hint(sid, time.monotonic())
+            if full and not self._may_not_act():
+                self._forget_wishes(served.folder, suspects.marked.keys())
+        except OSError as error:
+            self._tell_half_read(served.folder, error)
+            return None
+        return suspects.sids
+
+    def _forget_wishes(self, folder: Folder, marked: Collection[str]) -> None:
+        """Drop notes about leftovers once several scans in a row have found none.
+
+        One scan can miss a process that is between a fork and an exec.
+        """
+        sids = self._wishes.difference(marked, self._sessions)
+        self._unneeded = {sid: self._unneeded.get(sid, 0) + 1 for sid in sids}
+        for sid, scans in self._unneeded.items():
+            if scans >= _ENOUGH_SCANS:
+                forget_wish(folder, sid)
+
+    async def sweep_logs(self, served: Served, found: Collection[str]) -> None:
+        """Bring the logs into their budget, beside the loop, as the last part of a full look."""
+        there = (sid for sid, row in self._sessions.items() if row.phase not in _NOTHING_THERE)
+        acting = not self._may_not_act()
+        try:
+            report = await self._sweeper.beside(served.folder, {*found, *there}, act=acting)
+        except OSError as error:
+            self._tell_half_read(served.folder, error)
+        else:
+            if report is not None:
+                self._reporter.swept(report, acting=acting)
+
+    def _tell_half_read(self, folder: Folder, error: OSError) -> None:
+        if folder.fd >= 0:  # else it is gone, and was closed: that was told
+            self._reporter.half_read(folder.path, error)
