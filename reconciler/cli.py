@@ -176,7 +176,8 @@ def _end(error: Exception) -> NoReturn:
             fail("interrupted", INTERRUPTED)
         case OSError():  # but for a broken pipe, which click ends with 1 in silence
             close_output()
-            fail(str(error), FAILURE)
+            where = f": {error.filename!r}" if error.filename else ""
+            fail(f"{error.strerror or error}{where}", FAILURE)
         case _:
             kind = type(error).__name__
             fail(f"a defect: {kind}: {error} (--debug shows where)", FAILURE)

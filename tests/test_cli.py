@@ -944,6 +944,10 @@ def test_what_it_is_called_elsewhere_leads_to_what_is_here() -> None:
     assert not _ELSEWHERE.keys() & (here | _ALIASES.keys())
 
 
+LOST = re.compile(rb"pi-reconciler: \d+ log lines could not be written before the end\n")
+"""A log is not the work: who loses it says so at the end, and ends well."""
+
+
 @pytest.mark.parametrize("command", [("ls",), ("ls", "--json"), ("--help",), ("run", "--once")])
 def test_output_that_nobody_reads_is_no_traceback(cli: Cli, command: tuple[str, ...]) -> None:
     reading, writing = os.pipe()
@@ -951,8 +955,10 @@ def test_output_that_nobody_reads_is_no_traceback(cli: Cli, command: tuple[str, 
     with cli.started(*command, stdout=writing, stderr=subprocess.PIPE) as process:
         os.close(writing)
         _, err = process.communicate(timeout=WAIT)
-        assert err == b""
-        assert process.returncode == (0 if command[0] == "run" else 1), "a log is not the work"
+    if command[0] == "run":
+        assert (process.returncode, LOST.fullmatch(err) is not None) == (0, True), err
+    else:
+        assert (process.returncode, err) == (1, b"")
 
 
 @pytest.mark.parametrize("command", [("ls",), ("run", "--once")])
@@ -965,10 +971,10 @@ def test_output_onto_a_full_disk_is_no_traceback(cli: Cli, command: tuple[str, .
     if command == ("ls",):
         assert (process.returncode, err) == (
             1,
-            b"pi-reconciler: [Errno 28] No space left on device\n",
+            b"pi-reconciler: No space left on device\n",
         )
     else:
-        assert (process.returncode, err) == (0, b"")
+        assert (process.returncode, LOST.fullmatch(err) is not None) == (0, True), err
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
@@ -1009,7 +1015,7 @@ def test_run_goes_on_when_the_reader_of_its_log_dies(cli: Cli) -> None:
             until(lambda: not list(cli.folder.glob("*.rpc.sock*")), "the files are cleaned")
         daemon.terminate()
         assert daemon.stderr is not None
-        assert daemon.stderr.read() == b""
+        assert LOST.fullmatch(daemon.stderr.read())
         assert daemon.wait(WAIT) == 0
 
 

@@ -629,7 +629,7 @@ def test_the_command_line_leaves_them(
     assert alive(left)
     assert "(to be left alone)" in cli("inspect", SID).stdout
     (ended,) = json.loads(cli("stop", SID, "--json").stdout)
-    assert (ended["stopped"], ended.get("leftovers")) == (True, 1), ended
+    assert (ended["stopped"], ended["leftover_count"]) == (True, 1), ended
     assert not alive(left)
 
 
