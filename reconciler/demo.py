@@ -147,7 +147,6 @@ class Demo:
                 scenes = [scene async for scene in self._scenes(reconciler)]
         finally:
             left = await _to_the_end(self._clean_up(manager, home))
-            self._audience.closed(left)
         return Outcome(agent, tuple(scenes), tuple(left))
 
     @contextlib.asynccontextmanager
@@ -273,7 +272,7 @@ class Demo:
         return scene
 
     async def _clean_up(self, manager: KeeperManager, home: Path) -> list[str]:
-        """End what was started and remove what was made; what is left all the same."""
+        """End what was started, remove what was made, and tell what is left all the same."""
         left = []
         for finding in manager.find():
             self._processes |= processes_of(finding.seen)
@@ -285,6 +284,7 @@ class Demo:
         shutil.rmtree(home, ignore_errors=True)
         if home.exists():
             left.append(f"folder {home}")
+        self._audience.closed(left)
         return left
 
 

@@ -20,7 +20,7 @@ class Terminal:
     def __init__(self, place: Path, environ: Mapping[str, str]) -> None:
         self._tmux = ("tmux", "-u", "-S", str(place / "t"), "-f", "/dev/null")
         self._environ = {**environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-        (place / "rc").write_text("PS1='$ '\n")
+        (place / "rc").write_text("PS1='$ '; unset HISTFILE\n")  # it would be written at the end
         shell = f"bash --noprofile --rcfile '{place}/rc'"
         self._run("new-session", "-d", "-x", "100", "-y", "24", shell)
         self.shows("$")
