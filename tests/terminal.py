@@ -41,6 +41,11 @@ class Terminal:
         """What stands there, without the empty lines below it."""
         return "\n".join(map(str.rstrip, self._run("capture-pane", "-p").splitlines())).rstrip()
 
+    @property
+    def painted(self) -> str:
+        """The same, with the sequences for its colours."""
+        return self._run("capture-pane", "-p", "-e")
+
     def type(self, line: str) -> None:
         """Type a line, and Enter."""
         self.hold(line)
@@ -66,6 +71,15 @@ class Terminal:
                 pytest.fail(f"waited {WAIT:g} s in vain for {text!r} on:\n{screen}")
             time.sleep(0.02)
         return screen
+
+    def clear(self) -> None:
+        """Clear the screen: what is waited for from here on has not been there before."""
+        self.type("clear")
+        deadline = time.monotonic() + WAIT
+        while (screen := self.screen) != "$":
+            if time.monotonic() > deadline:
+                pytest.fail(f"waited {WAIT:g} s in vain for an empty screen, not:\n{screen}")
+            time.sleep(0.02)
 
     def is_as_before(self) -> bool:
         """Whether the shell's own screen is shown, with a cursor."""

@@ -305,7 +305,8 @@ def test_a_watched_list_draws_over_what_it_drew(cli: Cli) -> None:
 def test_status_and_events_on_a_terminal(cli: Cli, daemon: Daemon, terminal: Terminal) -> None:
     terminal.type("pi-reconciler status")
     assert f"running on {cli.folder}" in terminal.shows("version")
-    terminal.type("clear; pi-reconciler events")
+    terminal.clear()
+    terminal.type("pi-reconciler events")
     terminal.shows(f"process {daemon.process.pid} works on")
     stale_pair(cli.folder, "demo")
     screen = terminal.shows("session.cleaned")
@@ -333,7 +334,8 @@ def test_the_screens_of_the_page_are_what_comes_out(
 
     def comes_out(page: str, last: str) -> None:
         command = page.splitlines()[0]
-        terminal.type(f"clear; {command[2:]}")
+        terminal.clear()
+        terminal.type(command[2:])
         if last == "works on":
             terminal.shows(last)
             os.kill(keepers[0], signal.SIGKILL)
