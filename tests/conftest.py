@@ -54,6 +54,9 @@ WAIT = 20.0
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Table())
+    # A shell starts what runs in its background deaf to Ctrl-C, and so what that starts: the tests'
+    # own commands would be, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def until(condition: Callable[[], object], what: str = "") -> None:

@@ -340,17 +340,22 @@ def test_the_screens_of_the_page_are_what_comes_out(
             terminal.shows(last)
             os.kill(keepers[0], signal.SIGKILL)
             last = "pid_file removed"
-        screen = terminal.shows(last)
-        lines = [line for line in screen.splitlines() if line.strip() not in {"", "$"}]
-        assert [shape(line, cli.folder) for line in lines] == [
-            shape(line, cli.folder) for line in page.splitlines()[1:]
-        ]
+        terminal.shows(last)
+        wanted = [shape(line, cli.folder) for line in page.splitlines()[1:]]
+        until(lambda: shapes(terminal.screen, cli.folder)[-1:] == wanted[-1:], "its last line")
+        assert shapes(terminal.screen, cli.folder) == wanted
 
     comes_out(status, "version")
     comes_out(watched, "other")
     terminal.press("C-c")
     terminal.shows("interrupted")
     comes_out(events, "works on")
+
+
+def shapes(screen: str, folder: Path) -> list[str]:
+    """The shapes of what came out: empty lines and those with the shell's prompt did not."""
+    lines = (line for line in screen.splitlines() if line.strip() and not line.startswith("$"))
+    return [shape(line, folder) for line in lines]
 
 
 def shape(line: str, folder: Path) -> str:
