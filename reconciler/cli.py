@@ -135,9 +135,19 @@ def cli(ctx: click.Context) -> None:
     Exit codes: 0 success, 1 failure, 2 usage, 3 no such session, 75 not delivered (safe to
     send again), 76 delivery not known, 78 bad settings.
     """  # noqa: D301 - click wants the real character
+    if ctx.invoked_subcommand != "run":
+        _let_hang_up()
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
         ctx.exit(USAGE)
+
+
+def _let_hang_up() -> None:
+    """Let SIGHUP end the program, as any: only `run` has a use for one that has waited."""
+    import signal
+
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def main() -> NoReturn:

@@ -6,12 +6,14 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_cli
 from conftest import WAIT, asynchronous, bare_socket, happens, soon
 from structlog.testing import CapturingLogger
 from test_cli import Cli, cli, lines_of
@@ -96,6 +98,44 @@ def test_bad_settings_are_refused_whole_and_the_old_ones_stay(
     settings.unlink()
     settings.write_text("[policy]\nsettle = 0.05\n")
     assert reloaded(daemon)["changed"] == ["policy.settle"]
+
+
+EARLY = """
+import os, signal
+from reconciler.__main__ import main
+from reconciler.commands import run
+opening = run._log
+def asked(*given):
+    os.kill(os.getpid(), signal.SIGHUP)
+    return opening(*given)
+run._log = asked
+main()
+"""
+"""The program, asked to reload before its event loop is there."""
+
+
+def test_a_daemon_that_is_told_to_reload_as_it_starts_does_so(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_cli, "PROGRAM", (sys.executable, "-c", EARLY))
+    with cli.started("run", stdout=subprocess.PIPE) as process:
+        events = [line["event"] for line in lines_of(process, "settings.reloaded")]
+        assert events == ["reconciler.started", "settings.reloaded"]
+
+
+AT_ITS_END = """
+import contextlib, signal
+from reconciler.__main__ import main
+with contextlib.suppress(SystemExit):
+    main()
+signal.raise_signal(signal.SIGHUP)
+"""
+
+
+def test_any_other_command_ends_by_sighup(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_cli, "PROGRAM", (sys.executable, "-c", AT_ITS_END))
+    with cli.started("config", "path", stdout=subprocess.PIPE) as process:
+        assert process.wait(WAIT) == -signal.SIGHUP
 
 
 def test_a_daemon_whose_terminal_is_gone_ends_at_sighup(cli: Cli, settings: Path) -> None:

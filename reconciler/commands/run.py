@@ -130,6 +130,7 @@ def run(
     from reconciler.descriptors import raise_limit
     from reconciler.reloads import Reloads
 
+    has_hung_up = _terminals()
     settings = given.settings
     about_log = {
         "log.level": log_level,
@@ -167,7 +168,7 @@ def run(
     raise_limit()
     gc.freeze()  # a full collection holds the loop up: it need not walk all that was imported
     gc.enable()
-    asyncio.run(_serve(reconciler, reloads, exposition, once=once))
+    asyncio.run(_serve(reconciler, reloads, exposition, has_hung_up, once=once))
 
 
 def _make_folder(manager: KeeperManager) -> str:
@@ -261,6 +262,7 @@ async def _serve(
     reconciler: Reconciler,
     make_reloads: Callable[..., Reloads],
     exposition: Exposition | None,
+    has_hung_up: Callable[[], bool],
     *,
     once: bool,
 ) -> None:
@@ -277,8 +279,8 @@ async def _serve(
         loop.add_signal_handler(number, asked.set)
     notifier = Notifier(os.environ)
     reloads = make_reloads(begun=notifier.reloading, over=notifier.ready)
-    has_hung_up = _terminals()
     loop.add_signal_handler(signal.SIGHUP, lambda: asked.set() if has_hung_up() else reloads.ask())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # it has waited since the start
     async with reconciler, Oversight(reconciler, notifier, exposition, dropped):
         reasons: set[asyncio.Task[Any]] = {loop.create_task(asked.wait())}
         if once:
