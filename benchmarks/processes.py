@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 
 from benchmarks.measuring import SkippedError, Stage
 from benchmarks.watching import WAIT
-from reconciler.controller import LEFTOVER_PAUSE
+from reconciler.hints import LEFTOVER_PAUSE
 from reconciler.layout import KEEPER_PROGRAM
 
 ROOT = Path(__file__).parent.parent

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection
 
 from reconciler.folder import Folder
+from reconciler.hints import LOOK_AT_PROCESSES
 from reconciler.layout import CONCERN, Role, parse_name
 from reconciler.leftovers import forget_wish
 from reconciler.plans import Verdict
@@ -19,9 +20,7 @@ from reconciler.reports import Reporter
 from reconciler.served import Served
 from reconciler.sessions import SessionTable
 from reconciler.sweep import LogSweeper
-
-SLICE = 0.005
-"""Seconds of looking after which the event loop gets its turn."""
+from reconciler.workqueue import SLICE
 
 _ENOUGH_SCANS = 3
 _NOTHING_THERE = frozenset({Verdict.ABSENT, Verdict.MISSING})
@@ -33,7 +32,6 @@ class Finder:
     Args:
         sessions: what is known already.
         hint: called with a session id, and when it is to be looked at.
-        may_not_act: why the folder must be left alone, or nothing.
         reporter: tells what could not be read, and what was swept.
         sweeper: brings the logs into their budget.
     """
@@ -42,13 +40,11 @@ class Finder:
         self,
         sessions: SessionTable,
         hint: Callable[[str, float], None],
-        may_not_act: Callable[[], str],
         reporter: Reporter,
         sweeper: LogSweeper,
     ) -> None:
         self._sessions = sessions
         self._hint = hint
-        self._may_not_act = may_not_act
         self._reporter = reporter
         self._sweeper = sweeper
         self._suspects: dict[str, Suspects] = {}
@@ -59,14 +55,21 @@ class Finder:
         """What a scan has found for the next look at a session; it is good for one."""
         return self._suspects.pop(sid, NO_SUSPECTS)
 
-    async def by_names(self, served: Served) -> bool:
-        """Ask for a look at every session that a name stands for; whether all could be read."""
+    async def by_names(self, served: Served) -> None:
+        """Ask for a look at every session that is known, or that a name stands for.
+
+        Then for a scan, which waits behind all of these: it runs beside the loop, and would take
+        the interpreter from it.
+        """
+        now = time.monotonic()
+        for sid in self._sessions:
+            self._hint(sid, now)
         try:
             self._wishes = await self._list(served)
         except OSError as error:
             self._tell_half_read(served.folder, error)
-            return False
-        return True
+        else:
+            self._hint(LOOK_AT_PROCESSES, time.monotonic())
 
     async def _list(self, served: Served) -> set[str]:
         """Go through the names, in slices of time.
@@ -82,7 +85,7 @@ class Finder:
                 self._hint(parsed.sid, time.monotonic())
             elif parsed is not None and parsed.role is Role.LEAVE:
                 wishes.add(parsed.sid)
-            elif is_taken(name) and not self._may_not_act():
+            elif is_taken(name) and not served.may_not_act():
                 self._recover(served.folder, name)
             if time.monotonic() > end:
                 await asyncio.sleep(0)
@@ -96,15 +99,13 @@ class Finder:
         except OSError as error:
             self._reporter.not_recovered(name, error)
 
-    async def by_processes(self, served: Served, *, full: bool) -> Collection[str] | None:
+    async def by_processes(self, served: Served, *, full: bool) -> None:
         """Ask for a look at what only processes tell of: a walk over them, beside the loop.
 
         Args:
             served: the folder.
-            full: it is part of a full look, that has gone through the names before.
-
-        Returns:
-            The sessions that have a process; None if not all could be looked at.
+            full: it is part of a full look, that has gone through the names before; the logs
+                are brought into their budget afterwards.
         """
         try:
             suspects = await asyncio.to_thread(served.probe.scan_all)
@@ -112,12 +113,12 @@ class Finder:
                 if suspects.news_for(self._sessions.row(sid)):
                     self._suspects[sid] = suspects
                     self._hint(sid, time.monotonic())
-            if full and not self._may_not_act():
-                self._forget_wishes(served.folder, suspects.marked.keys())
+            if full:
+                if not served.may_not_act():
+                    self._forget_wishes(served.folder, suspects.marked.keys())
+                await self._sweep_logs(served, suspects.sids)
         except OSError as error:
             self._tell_half_read(served.folder, error)
-            return None
-        return suspects.sids
 
     def _forget_wishes(self, folder: Folder, marked: Collection[str]) -> None:
         """Drop notes about leftovers once several scans in a row have found none.
@@ -130,17 +131,11 @@ class Finder:
             if scans >= _ENOUGH_SCANS:
                 forget_wish(folder, sid)
 
-    async def sweep_logs(self, served: Served, found: Collection[str]) -> None:
-        """Bring the logs into their budget, beside the loop, as the last part of a full look."""
+    async def _sweep_logs(self, served: Served, found: Collection[str]) -> None:
         there = (sid for sid, row in self._sessions.items() if row.phase not in _NOTHING_THERE)
-        acting = not self._may_not_act()
-        try:
-            report = await self._sweeper.beside(served.folder, {*found, *there}, act=acting)
-        except OSError as error:
-            self._tell_half_read(served.folder, error)
-        else:
-            if report is not None:
-                self._reporter.swept(report, acting=acting)
+        acting = not served.may_not_act()
+        report = await self._sweeper.beside(served.folder, {*found, *there}, act=acting)
+        self._reporter.swept(report, acting=acting)
 
     def _tell_half_read(self, folder: Folder, error: OSError) -> None:
         if folder.fd >= 0:  # else it is gone, and was closed: that was told

@@ -1,4 +1,4 @@
-"""The queue of hints: which session to look at, and when.
+"""Hints: which session to look at, and when.
 
 A hint is only a key. Equal hints are joined and the earliest due time counts; a key that
 is in work is never given out a second time, and comes back once it is released.
@@ -7,9 +7,22 @@ is in work is never given out a second time, and comes back once it is released.
 from __future__ import annotations
 
 import heapq
+from typing import Final
 
-AT_ONCE = 0.0
+AT_ONCE: Final = 0.0
 """The due time of what goes before everything else that is due: a process has died."""
+
+# Keys that can be no session id.
+LOOK_AT_ALL: Final = "*"
+"""Look at every session."""
+LOOK_AT_PROCESSES: Final = "&"
+"""Scan for what no file tells of."""
+LOOK_FOR_LEFTOVERS: Final = "+"
+"""Scan for what ended sessions have left behind."""
+
+LEFTOVER_PAUSE: Final = 1.0
+"""Seconds from a session's end until what it left behind is looked for: what ends with it
+has ended by then, and one scan does for many that end together."""
 
 
 class Hints:

@@ -115,8 +115,10 @@ class Reporter:
         elif self._log.is_enabled_for(logging.DEBUG):  # what nobody reads is not put together
             self._tell(self._log.debug, "session.seen", seen, plan)
 
-    def done(self, seen: Observation, plan: Plan, done: Done, since_exit: float | None) -> None:
-        """An action was carried out, or could not be."""
+    def done(
+        self, seen: Observation, plan: Plan, done: Done, since_exit: float | None = None
+    ) -> None:
+        """An action was carried out, or could not be; some time after an exit was noticed."""
         event = _EVENTS[type(done.action)]
         if self._metrics is not None:
             self._metrics.acted(event, plan.reason, done.duration, success=done.success)
@@ -176,6 +178,10 @@ class Reporter:
         self._sweep_failures = frozenset(report.failures)
         if self._metrics is not None:
             self._metrics.swept(report, acting=acting)
+
+    def exits_polled(self, reason: str) -> None:
+        """Not every exit is told by the system: some processes are looked at again and again."""
+        self._log.warning("exits.polled", reason=reason)
 
     def half_read(self, folder: Path, error: OSError) -> None:
         """Not all of a folder could be read."""

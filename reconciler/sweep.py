@@ -75,31 +75,22 @@ class LogSweeper:
         self.budget = budget
         self._started = time.time(), _elapsed()
         self._grown: frozenset[str] = frozenset()
-        self._at_work = False
 
-    async def beside(self, folder: Folder, living: Collection[str], *, act: bool) -> Report | None:
+    async def beside(self, folder: Folder, living: Collection[str], *, act: bool) -> Report:
         """Sweep in a thread, by a descriptor of its own. Cancelled, it ends its step first.
 
         Arguments and errors are those of `sweep`.
-
-        Returns:
-            What was done; None when the sweep before is still at it.
         """
-        if self._at_work:
-            return None
-        self._at_work, stop = True, threading.Event()
-        try:
-            with folder.again() as own:
-                sweep = functools.partial(self.sweep, own, living, act=act, stop=stop)
-                work = asyncio.get_running_loop().run_in_executor(None, sweep)
-                try:
-                    return await asyncio.shield(work)
-                except asyncio.CancelledError:
-                    stop.set()
-                    await asyncio.wait((work,))
-                    raise
-        finally:
-            self._at_work = False
+        stop = threading.Event()
+        with folder.again() as own:
+            sweep = functools.partial(self.sweep, own, living, act=act, stop=stop)
+            work = asyncio.get_running_loop().run_in_executor(None, sweep)
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                stop.set()
+                await asyncio.wait((work,))
+                raise
 
     def sweep(
         self,

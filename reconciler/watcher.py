@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers.api import BaseObserver
 
+from reconciler.hints import LOOK_AT_ALL
 from reconciler.layout import concerns
 
 if sys.platform == "linux":
@@ -42,9 +42,6 @@ else:
         del events, complain
         return Observer()
 
-
-LOOK_AT_ALL: Final = "*"
-"""The hint to look at every session; no session id can be this."""
 
 Hint = Callable[[str], None]
 """Takes a session id or `LOOK_AT_ALL`. Called from a thread of the watcher."""

@@ -44,6 +44,7 @@ from reconciler.ladder import Ladder
 from reconciler.layout import claims
 from reconciler.logs import make_logger
 from reconciler.state import Policy
+from reconciler.workqueue import LongWork
 
 RESYNC = 1.5
 QUICK = Policy(settle=0.2, start_grace=0.4, orphan_grace=0.1, lost_grace=0.7, rebind_grace=0.2)
@@ -157,9 +158,9 @@ async def reconciling(folder: Path) -> AsyncIterator[list[float]]:
         ) as reconciler:
             look = reconciler._look_at_all
 
-            def counted() -> None:
+            def counted() -> LongWork | None:
                 looks.append(time.monotonic())
-                look()
+                return look()
 
             reconciler._look_at_all = counted  # type: ignore[method-assign]
             yield looks

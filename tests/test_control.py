@@ -388,7 +388,7 @@ async def test_without_descriptors_it_waits_and_the_loop_does_not_spin(
     monkeypatch.setattr(control, "_PAUSE", 0.05)
     async with running(folder) as reconciler:
         tries: list[object] = []
-        serving = reconciler._control
+        serving = reconciler._holder._control
         assert serving is not None
         accept = serving._accept
 

@@ -48,6 +48,7 @@ from reconciler.processes import SYSTEM
 from reconciler.requests import OUR_KEEPER
 from reconciler.sessions import Session
 from reconciler.state import Desired, Policy
+from reconciler.workqueue import LongWork
 
 SID = "8c2c7f0e-2a4b-4c57-9d63-3f6f3f1f2a10"
 NODE = ("node", str(NODE_KEEPER))
@@ -926,7 +927,7 @@ async def test_a_keeper_that_detaches_is_not_taken_for_its_starters_agent(
             keeper = int(between.stdout.readline())
             try:
                 seen = it.sessions[SID].seen
-                it._hint(SID, AT_ONCE)
+                it._queue.add(SID, AT_ONCE)
                 await happens(lambda: it.sessions[SID].seen is not seen, "it was looked at")
                 between.kill()
                 await soon(it.wait_for(SID, lambda s: s.keeper_pid != between.pid))
@@ -1133,9 +1134,9 @@ async def test_a_folder_that_cannot_be_watched_is_told_of_once_and_looked_at_all
     looks: list[Reconciler] = []
     real = Reconciler._look_at_all
 
-    def look_at_all(self: Reconciler) -> None:
+    def look_at_all(self: Reconciler) -> LongWork | None:
         looks.append(self)
-        real(self)
+        return real(self)
 
     monkeypatch.setattr(Reconciler, "_look_at_all", look_at_all)
     async with running(manager_of(folder)) as (reconciler, told):
@@ -1337,7 +1338,7 @@ async def test_a_keepers_log_of_another_folder_that_is_linked_here_makes_it_no_k
                 await asyncio.wait_for(reconciler.settled(), 20)
                 assert alive(pid), told.lines
                 os.unlink(log)  # the one name that is left proves it
-                reconciler._hint("*", 0.0)
+                reconciler._queue.add("*", 0.0)
                 await happens(lambda: not alive(pid), "it is a lost keeper of this folder now")
     finally:
         os.close(descriptor)
@@ -1391,7 +1392,7 @@ async def test_a_folder_that_goes_while_processes_are_scanned_is_told_of_once(
             return scan(self)
 
         monkeypatch.setattr(probe.Probe, "scan_all", scan_all)
-        reconciler._hint("*", 0.0)
-        await happens(lambda: told.of("folder.gone") and scans and not reconciler._tasks)
+        reconciler._queue.add("*", 0.0)
+        await happens(lambda: told.of("folder.gone") and scans and not reconciler._queue._tasks)
         assert told.of("folder.half_read") == []
     folder.with_name("moved").rename(folder)

@@ -302,8 +302,8 @@ async def test_a_reconciler_goes_by_another_manager_of_its_folder_alone(folder: 
         assert reconciler.manager.policy == patient
         other = KeeperManager(folder, policy=hasty, programs=frozenset({"theirs.cjs"}))
         reconciler.go_by(other, resync=3600, log_budget=LogBudget(total=1 << 20))
-        assert reconciler._folder is not None
-        assert "theirs.cjs" in reconciler._folder.probe.identity._programs
-        assert reconciler._folder.effects._probe is reconciler._folder.probe
+        assert reconciler._holder.served is not None
+        assert "theirs.cjs" in reconciler._holder.served.probe.identity._programs
+        assert reconciler._holder.served.effects._probe is reconciler._holder.served.probe
         assert reconciler._sweeper.budget.total == 1 << 20
         await soon(reconciler.wait_for("old", lambda row: row.phase is Verdict.ABSENT))

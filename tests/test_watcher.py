@@ -16,7 +16,8 @@ import pytest
 from conftest import as_nobody, bare_socket, root, until
 
 from reconciler import inotify
-from reconciler.watcher import LOOK_AT_ALL, SessionsWatcher
+from reconciler.hints import LOOK_AT_ALL
+from reconciler.watcher import SessionsWatcher
 
 SID = "8c2c7f0e-2a4b-4c57-9d63-3f6f3f1f2a10"
 NAMES = (f"{SID}.rpc.sock", f"{SID}.rpc.sock.pid", f"{SID}.rpc.sock.pi-pid")
