@@ -20,6 +20,7 @@ from conftest import (
     HUNG,
     NODE_KEEPER,
     SINK,
+    WAIT,
     alive,
     as_nobody,
     asynchronous,
@@ -637,15 +638,18 @@ async def test_a_start_that_fails_spares_the_logs_of_who_came_up_meanwhile(
 
 @asynchronous
 async def test_another_keeper_that_finds_itself_second_goes_and_leaves_the_firsts_files(
-    node_manager: KeeperManager, folder: Path, sid: str
+    folder: Path, tmp_path: Path, sid: str
 ) -> None:
-    second = asyncio.create_task(node_manager.spawn(sid, agent_command=SINK))
+    first_is_there = tmp_path / "the first is there"
+    waits = ("sh", "-c", 'until [ -e "$0" ]; do sleep 0.01; done; exec "$@"', str(first_is_there))
+    manager = KeeperManager(folder, keeper_command=(*waits, "node", str(NODE_KEEPER)))
+    second = asyncio.create_task(manager.spawn(sid, agent_command=SINK))
     await happens((folder / f"keeper-launch-{sid}.log").exists, "the second is on its way")
-    listener = socket.socket(socket.AF_UNIX)  # the first: this very process
-    listener.bind(str(folder / f"{sid}.rpc.sock"))
-    listener.listen()
-    with listener:
+    with socket.socket(socket.AF_UNIX) as listener:  # the first: this very process
+        listener.bind(str(folder / f"{sid}.rpc.sock"))
+        listener.listen()
         (folder / f"{sid}.rpc.sock.pid").write_text(str(os.getpid()))
+        first_is_there.touch()
         with pytest.raises(AlreadyRunningError):
             await second
         assert pid_in(folder / f"{sid}.rpc.sock.pid") == os.getpid()
@@ -694,16 +698,15 @@ async def test_a_keeper_of_another_make_that_has_not_come_to_its_files_is_not_jo
 
 
 @asynchronous
-async def test_stop_returns_when_processes_and_files_are_gone(
-    manager: KeeperManager, folder: Path, sid: str
-) -> None:
+async def test_stop_returns_when_processes_and_files_are_gone(folder: Path, sid: str) -> None:
+    manager = KeeperManager(folder, ladder=Ladder(term_grace=3 * WAIT))
     spawned = await manager.spawn(sid, agent_command=SINK)
     stopped = await manager.stop(sid)
     assert spawned.agent_pid is not None
     assert not alive(spawned.keeper_pid)
     assert not alive(spawned.agent_pid)
     assert (stopped.sid, stopped.keeper_pid) == (sid, spawned.keeper_pid)
-    assert 0 < stopped.elapsed < 2, "no rung of the ladder was waited for"
+    assert 0 < stopped.elapsed < WAIT, "no rung of the ladder was waited for"
     assert sorted(os.listdir(folder)) == [f"keeper-{sid}.log", f"keeper-launch-{sid}.log"]
     assert '"keeper.stop"' in (folder / f"keeper-{sid}.log").read_text()
 
@@ -841,9 +844,8 @@ async def test_stop_says_when_a_process_outlives_sigkill(
 
 
 @asynchronous
-async def test_discover_returns_what_lives_and_inspect_says_why(
-    manager: KeeperManager, folder: Path, sid: str
-) -> None:
+async def test_discover_returns_what_lives_and_inspect_says_why(folder: Path, sid: str) -> None:
+    manager = KeeperManager(folder, policy=Policy(settle=600.0))
     live = await manager.spawn(sid, agent_command=SINK)
     stale_pair(folder, "stale")
     (folder / "broken.rpc.sock.pid").write_text("x")

@@ -213,17 +213,21 @@ def test_a_loop_that_is_stuck_is_silent_and_its_end_says_where_it_was_stuck(
     folder: Path, manager: Listening, environ: dict[str, str]
 ) -> None:
     held = (
-        "import asyncio, signal, time\n"
+        "import asyncio, signal, sys, time\n"
         "from reconciler.cli import main\n"
+        "stands = sys.argv.pop()\n"
         "before = asyncio.run\n"
         "async def beside(work):\n"
-        "    def stand_still(): time.sleep(600)\n"
+        "    def stand_still():\n"
+        "        open(stands, 'x').close()\n"
+        "        time.sleep(600)\n"
         "    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, stand_still)\n"
         "    await work\n"
         "asyncio.run = lambda work: before(beside(work))\n"
         "main()\n"
     )
-    command = [sys.executable, "-c", held, "run", "--sessions-dir", str(folder)]
+    stands = folder.parent / "stands still"
+    command = [sys.executable, "-c", held, "run", "--sessions-dir", str(folder), str(stands)]
     stuck = subprocess.Popen(
         command,
         env=program_environment(folder) | environ | {"WATCHDOG_USEC": "200000"},
@@ -234,7 +238,7 @@ def test_a_loop_that_is_stuck_is_silent_and_its_end_says_where_it_was_stuck(
     try:
         until(lambda: manager.read().count("WATCHDOG=1") > 2, "it lives")
         stuck.send_signal(signal.SIGUSR1)
-        time.sleep(0.3)
+        until(stands.exists, "its loop stands still")
         silent = manager.read().count("WATCHDOG=1")
         time.sleep(0.5)
         assert manager.read().count("WATCHDOG=1") == silent

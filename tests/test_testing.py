@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import WAIT
 
 from reconciler import layout
 from reconciler.rpc_writer import (
@@ -206,7 +207,7 @@ def test_without_keys_none_are_shown(tmp_path: Path) -> None:
 
 def test_say_pid(tmp_path: Path) -> None:
     with FakeKeeper(tmp_path, SID) as keeper:
-        writer = BlockingRpcWriter(tmp_path, policy=QUICK)
+        writer = BlockingRpcWriter(tmp_path, policy=PATIENT)
         keeper.say_pid("1")
         assert writer.write(SID, "x").reason is Reason.WRONG_PEER
         keeper.say_pid(None)
@@ -230,11 +231,14 @@ def test_the_session_id_is_checked(tmp_path: Path) -> None:
 
 
 def test_no_waiting_ends_with_its_block(tmp_path: Path) -> None:
-    writer = BlockingRpcWriter(tmp_path, policy=WritePolicy(attempts=2, backoff=(0.05,)))
+    def apart(pause: float) -> float:
+        policy = WritePolicy(attempts=2, backoff=(pause,))
+        delivery = BlockingRpcWriter(tmp_path, policy=policy).write(SID, "x", timeout=3 * WAIT)
+        one, two = delivery.attempts
+        return two.started - one.started
+
     with no_waiting():
         with no_waiting():
             pass
-        one, two = writer.write(SID, "x").attempts
-        assert two.started - one.started < 0.05
-    one, two = writer.write(SID, "x").attempts
-    assert two.started - one.started >= 0.05
+        assert apart(2 * WAIT) < WAIT
+    assert apart(0.05) >= 0.05
