@@ -7,6 +7,7 @@ writes JSON objects, the dashboard's a time and a text, an agent whatever it lik
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def read_line(raw: bytes, *, launch: bool = False) -> Line:
 def _fields(raw: bytes) -> Mapping[str, Any]:
     if raw.startswith(_OURS):
         try:
-            said = json.loads(raw, parse_constant=str)
+            said = json.loads(raw, parse_constant=str, parse_float=_number)
         except (ValueError, RecursionError):
             return {}
         ours = str(said.get("event")).startswith("keeper.") and "message" in said
@@ -65,11 +66,23 @@ def _fields(raw: bytes) -> Mapping[str, Any]:
     return {}
 
 
+def _number(text: str) -> float | str:
+    """A float, or its text where that is out of range: JSON has no infinity."""
+    number = float(text)
+    return number if math.isfinite(number) else text
+
+
 def _stamp(text: object) -> float | None:
     try:
-        return datetime.fromisoformat(str(text)).timestamp() if text else None
-    except (ValueError, OverflowError, OSError):
+        stamp = datetime.fromisoformat(str(text)).timestamp()
+        _local(stamp)
+    except (ValueError, OverflowError, OSError):  # none, or one that no calendar here can show
         return None
+    return stamp
+
+
+def _local(stamp: float) -> datetime:
+    return datetime.fromtimestamp(stamp, UTC).astimezone()
 
 
 def as_json(line: Line, sid: str) -> str:
@@ -92,7 +105,7 @@ def parts(line: Line) -> tuple[str, str, str]:
     said = line.fields
     more = [f"{key}={value}" for key, value in said.items() if key not in _KNOWN]
     text = " ".join([str(said["message"]), *more])
-    when = datetime.fromtimestamp(line.stamp, UTC).astimezone()
+    when = _local(line.stamp)
     return f"{when:%b %d %H:%M:%S}.{when:%f}"[:-3], safe(str(said.get("level", ""))), safe(text)
 
 
@@ -101,10 +114,7 @@ def safe(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
-        each
-        if each.isprintable() or each == "\t"
-        else each.encode("unicode_escape", "surrogatepass").decode()
-        for each in text
+        each if each.isprintable() or each == "\t" else repr(each)[1:-1] for each in text
     )
 
 

@@ -55,8 +55,29 @@ def test_a_line_as_json_has_the_fields_of_the_keeper_or_the_text_of_the_agent() 
         "stream": "agent",
         "line": "\ufffdx",
     }
-    theirs = json.loads(as_json(read_line(THEIRS), "demo"))
-    assert (theirs["stream"], theirs["message"]) == ("keeper", "keeper ready: demo")
+    theirs = json.loads(as_json(read_line(THEIRS + b"\xff"), "demo"))
+    assert (theirs["stream"], theirs["message"]) == ("keeper", "keeper ready: demo\ufffd")
+    assert read_line(b"x").fields == {}
+
+
+def test_a_number_that_json_does_not_know_is_told_by_its_text() -> None:
+    line = OURS.replace(b"3}", b"[1.5, NaN, -Infinity, 1e999]}")
+
+    def refuse(text: str) -> None:
+        pytest.fail(f"{text} is no JSON")
+
+    told = json.loads(as_json(read_line(line), "demo"), parse_constant=refuse)
+    assert told["unsaid"] == [1.5, "NaN", "-Infinity", "1e999"]
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "9999-12-31T23:59:59.999999Z"],
+)
+def test_a_line_from_beyond_the_calendar_is_the_agents(stamp: str) -> None:
+    line = read_line(OURS.replace(b"2026-03-01T09:00:00.100Z", stamp.encode()))
+    assert (line.stream, line.stamp) == ("agent", None)
+    assert parts(line)[0] == ""
 
 
 @given(st.binary())
@@ -75,6 +96,7 @@ def test_a_line_for_a_person() -> None:
     assert (level, text) == ("warning", "a silent connection unsaid=3")
     assert parts(read_line(b"a\x1b[31m\tb")) == ("", "", "a\\x1b[31m\tb")
     assert parts(read_line(b"a\xffb"))[2] == "a\\xffb"
+    assert parts(read_line(THEIRS)) == (when, "", "keeper ready: demo")
 
 
 @pytest.mark.parametrize(
@@ -119,5 +141,6 @@ def test_a_moment(text: str, expected: datetime) -> None:
     "text", ["", "5", "m", "-5m", "5 m", "5y", "yesterday", "٣m", "999999999w"]
 )
 def test_what_is_no_moment_is_refused_with_what_to_give(text: str) -> None:
-    with pytest.raises(ValueError, match="is no moment: give a span as 90s, 5m, 2h or 3d"):
+    allowed = "give a span as 90s, 5m, 2h or 3d, or a time as 2026-03-01T09:00:00Z"
+    with pytest.raises(ValueError, match=f"is no moment: {allowed}$"):
         moment(text, NOW)
