@@ -26,8 +26,11 @@ _BY_REQUEST = frozenset({"SIGTERM", "SIGINT", 15, 2, 143, 130})
 # How a stop looks from outside, and what a program that catches it exits with in a shell's way.
 
 _FAREWELL = re.compile(r"(?:shutdown: code=\d+ reason=|keeper ends: )(?P<why>.*)")
-_AGENT = re.compile(r"\b(?:pi|agent) exited (?:code=|\()(?P<code>\w+)(?: signal=(?P<signal>\w+))?")
-# The words of the dashboard's keeper, and of a shorter one.
+_AGENT = re.compile(
+    r"\b(?:pi|agent) exited (?:code=|\()(?P<code>\d{1,9}|[^\W\d]\w*)\b(?: signal=(?P<signal>\w+))?"
+)
+# The words of the dashboard's keeper, and of a shorter one. A number of thousands of digits, which
+# an agent may print, is no status: Python would refuse to read it.
 
 
 def ending_of(folder: Folder, sid: str) -> Ending:
@@ -75,7 +78,7 @@ def _what(said: dict[str, Any]) -> str:
 
 
 def _of_another(lines: list[str]) -> Ending:
-    last = [*lines[-8:]]
+    last = lines[-8:]
     farewell = next((found for line in reversed(last) if (found := _FAREWELL.search(line))), None)
     if farewell is None:
         return Ending.KILLED

@@ -53,6 +53,7 @@ def opened(folder: Path) -> Iterator[Folder]:
         (log(START, READY, STOP), Ending.ASKED),
         (log(START, READY), Ending.KILLED),
         (log(START), Ending.KILLED),
+        (log(STOP), Ending.ASKED),  # the rest was cut off
         (b"", Ending.KILLED),
         (b"what an agent has printed\n", Ending.KILLED),
     ],
@@ -71,6 +72,8 @@ def test_the_last_life_counts() -> None:
 def test_what_stands_between_the_words_does_not_matter() -> None:
     first, last = log(START, READY, exited(exit_code=0)), log(STOP)
     printed = b'printed\n{"timestamp": broken, "keeper_pid"\n\xff\xfe[1]\n'
+    printed += b'{"timestamp": "", "event": "keeper.failed"}\n'
+    printed += b'{"event": "keeper.failed", "keeper_pid": 1}\n'
     deep = b'{"timestamp":' + b"[" * 9999 + b'"keeper_pid"\n'
     assert ending_in(first + printed + last + printed + deep) is Ending.FINISHED
 
@@ -93,7 +96,11 @@ def test_what_stands_between_the_words_does_not_matter() -> None:
         (["keeper ends: SIGINT"], Ending.ASKED),
         (["keeper ends: agent exited (0)"], Ending.FINISHED),
         (["keeper ends: agent exited (SIGKILL)"], Ending.FAILED),
+        (["keeper ends: agent exited (SIGUSR1)"], Ending.FAILED),
+        (["keeper ends: agent exited (" + "9" * 5000 + ")"], Ending.UNKNOWN),
         (["keeper ready: s", "connection accepted"], Ending.KILLED),
+        (["shutdown: code=0 reason=SIGTERM", *["printed"] * 7], Ending.ASKED),
+        (["shutdown: code=0 reason=SIGTERM", *["printed"] * 8], Ending.KILLED),
     ],
 )  # fmt: skip
 def test_the_words_of_another_keeper(lines: list[str], ending: Ending) -> None:
@@ -142,3 +149,26 @@ def test_what_is_no_log_of_ours_tells_nothing(opened: Folder, tmp_path: Path, ki
         case "folder":
             path.mkdir()
     assert ending_of(opened, "s") is Ending.KILLED
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_what_takes_the_place_of_a_log_is_neither_followed_nor_waited_for(
+    opened: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path, other = opened.path / "keeper-s.log", tmp_path / "log"
+    other.write_bytes(log(STOP))
+    path.write_bytes(b"")
+    look = Folder.status
+
+    def and_then_it_changes(folder: Folder, name: str) -> os.stat_result | None:
+        status = look(folder, name)
+        path.unlink()
+        path.symlink_to(other) if kind == "link" else os.mkfifo(path)
+        return status
+
+    monkeypatch.setattr(Folder, "status", and_then_it_changes)
+    if kind == "link":
+        with pytest.raises(OSError, match="symbolic links"):
+            ending_of(opened, "s")
+    else:
+        assert ending_of(opened, "s") is Ending.KILLED
