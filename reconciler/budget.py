@@ -78,10 +78,10 @@ def steps(logs: Sequence[Log], budget: LogBudget, now: float) -> tuple[Step, ...
         (log for log in logs if log.ended),
         key=lambda log: (last[log.sid], log.sid, log.file.mtime_ns),
     )
-    alone = [_by_itself(log, budget, now - last[log.sid]) for log in ended]
-    total = sum(log.file.size for log in logs) - sum(step.freed for step in alone if step)
+    alone = [(log, _by_itself(log, budget, now - last[log.sid])) for log in ended]
+    total = sum(log.file.size for log in logs) - sum(step.freed for _, step in alone if step)
     chosen = []
-    for log, step in zip(ended, alone, strict=True):
+    for log, step in alone:
         if total > budget.total and not (step and step.why is Why.AGE):
             total -= step.keep if step else log.file.size
             chosen.append(Step(log, Why.TOTAL))
@@ -103,7 +103,8 @@ def _last_written(logs: Iterable[Log]) -> dict[str, float]:
     """When each session last wrote to a log of its own, in seconds since the epoch."""
     last: dict[str, float] = {}
     for log in logs:
-        last[log.sid] = max(last.get(log.sid, float("-inf")), log.file.mtime_ns / 1e9)
+        written = log.file.mtime_ns / 1e9
+        last[log.sid] = max(written, last.get(log.sid, written))
     return last
 
 

@@ -61,6 +61,12 @@ def test_what_goes(logs: list[Log], expected: list[tuple[str, Why, int]]) -> Non
     assert told(logs[::-1]) == expected
 
 
+def test_what_is_cut_keeps_whole_bytes_and_one_at_least() -> None:
+    for each, keep in ((3, 1), (1, 1)):
+        budget = LogBudget(total=1000, each=each, age=500)
+        assert told([log("a", 9, 1)], budget) == [("a", Why.EACH, keep)]
+
+
 def test_only_a_log_of_a_living_session_that_is_too_long_is_told_of() -> None:
     long = log("a", 201, 1, ended=False)
     assert grown([long, log("b", 200, 1, ended=False), log("c", 201, 1)], BUDGET) == (long,)
