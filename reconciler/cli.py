@@ -40,14 +40,42 @@ _ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("list", "jlist"), "ls"),
     **dict.fromkeys(("start", "create", "new"), "spawn"),
     **dict.fromkeys(("kill", "rm", "delete", "end"), "stop"),
-    **dict.fromkeys(("send", "prompt", "attach"), "write"),
+    **dict.fromkeys(("send", "prompt", "attach", "exec"), "write"),
     **dict.fromkeys(("show", "describe"), "inspect"),
     **dict.fromkeys(("tail", "log"), "logs"),
+    **dict.fromkeys(("top", "monit", "watch"), "ls --watch"),
     **dict.fromkeys(("install", "enable"), "service install"),
+    **dict.fromkeys(("uninstall", "disable"), "service uninstall"),
+    **dict.fromkeys(("clean", "cleanup", "prune"), "run --once"),
     **dict.fromkeys(("daemon", "serve"), "run"),
     "restart": "stop, then spawn",
 }
 """What docker, systemctl, pm2 and the like call it, and what it is here."""
+
+_OPTIONS_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("cli -V", "cli -v"), "the version is --version"),
+    "logs --tail": "it is -n here",
+    "spawn --name": "the name is the first argument, SID",
+    "spawn -e": "it is --env here",
+    **dict.fromkeys(("spawn -w", "spawn --workdir"), "it is --cwd here"),
+    "spawn": "what is meant for the agent goes after --",
+    **dict.fromkeys(("ls -a", "ls --all"), "it lists all that there are"),
+    **dict.fromkeys(
+        ("stop -t", "stop --time", "stop --timeout"),
+        "how long SIGKILL waits is the setting ladder.term_grace",
+    ),
+    **dict.fromkeys(("stop -f", "stop --force"), "SIGKILL comes by itself"),
+    **dict.fromkeys(
+        ("run -d", "run --detach", "run --daemon"), "pi-reconciler service install has it so"
+    ),
+}
+"""The same for a command's options; for a command alone, what any option may be."""
+
+_ARGUMENTS_ELSEWHERE: Mapping[str, str] = {
+    "spawn": "the agent's command goes after --",
+    **dict.fromkeys(("ls", "status"), "of one session pi-reconciler inspect tells"),
+}
+"""The same for an argument that a command does not take."""
 
 
 class Group(click.Group):
@@ -167,15 +195,30 @@ def main() -> NoReturn:
         gc.freeze()  # the interpreter's end need not search for garbage in all that was imported
 
 
+def _in_words(error: click.UsageError) -> str:
+    """What was used wrongly, and what may be meant."""
+    command = error.ctx.command if error.ctx else cli
+    name = command.name or ""
+    words = " ".join(error.format_message().split()).rstrip(".")
+    meant = None
+    if isinstance(error, click.NoSuchOption):
+        exactly = _OPTIONS_ELSEWHERE.get(f"{name} {error.option_name}")
+        if exactly or command is cli:  # what only looks alike would mislead
+            words = f"No such option {error.option_name!r}"
+        if command is cli:
+            words += " before the command"
+        meant = exactly or _OPTIONS_ELSEWHERE.get(name)
+    elif words.startswith("Got unexpected extra argument"):
+        meant = _ARGUMENTS_ELSEWHERE.get(name)
+    return f"{words}, {meant}" if meant else words
+
+
 def _end(error: Exception) -> NoReturn:
     """End as an error asks for."""
     match error:
-        case click.NoSuchOption(option_name=name, ctx=click.Context(parent=None)):
-            fail(f"No such option {name!r} before the command (see pi-reconciler --help)", USAGE)
         case click.UsageError():
-            command = error.ctx.command_path if error.ctx else "pi-reconciler"
-            words = " ".join(error.format_message().split()).rstrip(".")
-            fail(f"{words} (see {command} --help)", USAGE)
+            path = error.ctx.command_path if error.ctx else "pi-reconciler"
+            fail(f"{_in_words(error)} (see {path} --help)", USAGE)
         case InvalidSessionIdError() | InvalidRequestError():
             fail(str(error), USAGE)
         case NoSuchSessionError():

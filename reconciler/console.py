@@ -152,11 +152,14 @@ dry_run_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def seconds(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
-    """Check a span of time; click's own ranges let NaN pass."""
-    if value is not None and not 0 < value <= _DAY:
-        raise click.BadParameter(f"{value:g} is not above 0 and at most {_DAY} seconds")
-    return value
+def seconds(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+    """Read a span of time; click's own ranges let NaN pass."""
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        if 0 < (span := float(text)) <= _DAY:
+            return span
+    raise click.BadParameter(f"{text!r} is not a number of seconds above 0, {_DAY} at most")
 
 
 def complete_session(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:

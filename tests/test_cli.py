@@ -25,7 +25,7 @@ import click
 import pytest
 from conftest import WAIT, alive, bare_socket, end_all, stale_pair, until
 
-from reconciler.cli import _ALIASES, _ELSEWHERE
+from reconciler.cli import _ALIASES, _ARGUMENTS_ELSEWHERE, _ELSEWHERE, _OPTIONS_ELSEWHERE
 from reconciler.cli import cli as group
 from reconciler.state import Policy
 from reconciler.testing import Behaviour, FakeKeeper
@@ -289,7 +289,11 @@ def test_spawn_refuses_in_one_line_and_leaves_nothing(cli: Cli, tmp_path: Path) 
         (2, ("x", "--env", "=v", "--", "cat"), "--env wants K=V"),
         (2, ("x", "--cwd", f"{tmp_path}/none", "--", "cat"), "is not a folder"),
         (2, ("x", "y", "--", "cat"), "unexpected extra argument"),
-        (2, ("x", "--bogus"), "'--bogus' (see pi-reconciler spawn --help)"),
+        (
+            2,
+            ("x", "--bogus"),
+            "'--bogus', what is meant for the agent goes after -- (see pi-reconciler spawn --help)",
+        ),
         (1, ("x", "--", "there-is-no-such-agent"), "'there-is-no-such-agent' was not found"),
         (1, ("x", "--", f"{tmp_path}/agent"), "agent' was not found, or may not be run"),
         (1, ("x", "--", "false"), "session x: "),
@@ -370,8 +374,11 @@ def test_write_dash_stops_at_a_line_that_is_none_and_says_what_was_delivered(
         (("demo", ""), "blank"),
         (("demo", os.fsdecode(b"\xff")), "not UTF-8"),
         (("../demo", LINE), "session id '../demo' is not usable"),
-        (("demo", LINE, "--timeout", "-1"), "'--timeout': -1 is not above 0"),
-        (("demo", LINE, "--timeout", "nan"), "'--timeout': nan is not above 0"),
+        (
+            ("demo", LINE, "--timeout", "-1"),
+            "'--timeout': '-1' is not a number of seconds above 0, 86400 at most",
+        ),
+        (("demo", LINE, "--timeout", "nan"), "'--timeout': 'nan' is not a number of seconds"),
         (("demo",), "Missing argument 'LINE'"),
         (("demo", LINE, "--key", "k" * 129), "the key is not 1 to 128 printable ASCII"),
         (("demo", LINE, "--key", " "), "the key is not 1 to 128 printable ASCII"),
@@ -888,8 +895,10 @@ def test_write_dash_counts_the_lines_on_a_terminal(cli: Cli, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--resync", "0"), "'--resync': 0 is not above 0"),
-        (("--resync", "nan"), "'--resync': nan is not above 0"),
+        (("--resync", "0"), "'--resync': '0' is not a number of seconds above 0, 86400 at most"),
+        (("--resync", "nan"), "'--resync': 'nan' is not a number of seconds"),
+        (("--resync", "1m"), "'--resync': '1m' is not a number of seconds"),
+        (("--log-rotate-bytes", "10M"), "'10M' is not a valid whole number"),
         (("--log-level", "loud"), "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (("--metrics", "9464"), "'9464' is not HOST:PORT"),
         (("--metrics", "127.0.0.1:99999"), "'127.0.0.1:99999' is not HOST:PORT"),
@@ -928,6 +937,14 @@ def test_an_unknown_command_is_wrong_usage(cli: Cli) -> None:
         (("--json", "ls"), "No such option '--json' before the command (see pi-reconciler --help)"),
         (("ls", "--jsn"), "No such option '--jsn'. Did you mean '--json'? (see pi-reconciler ls"),
         (("logs", "x", "-n"), "Option '-n' requires an argument (see pi-reconciler logs --help)"),
+        (("-V",), "'-V' before the command, the version is --version (see pi-reconciler --help)"),
+        (("logs", "x", "--tail", "3"), "No such option '--tail', it is -n here (see pi-rec"),
+        (("stop", "x", "-t", "3"), "'-t', how long SIGKILL waits is the setting ladder.term_grace"),
+        (("spawn", "x", "pi", "--mode", "rpc"), ", what is meant for the agent goes after -- (see"),
+        (("spawn", "--jsn"), "'--json'?), what is meant for the agent goes after -- (see"),
+        (("spawn", "x", "cat"), "argument (cat), the agent's command goes after -- (see pi-recon"),
+        (("status", "demo"), "argument (demo), of one session pi-reconciler inspect tells (see"),
+        (("events", "--since", "1h"), "No such option '--since'"),
         (("completion",), "Choose from: bash, zsh, fish (see pi-reconciler completion --help)"),
     ],
 )
@@ -944,6 +961,14 @@ def test_what_it_is_called_elsewhere_leads_to_what_is_here() -> None:
     here = set(group.list_commands(click.Context(group))) | {"--{}"}
     assert {re.split("[ ,]", meant)[0] for meant in _ELSEWHERE.values()} <= here
     assert not _ELSEWHERE.keys() & (here | _ALIASES.keys())
+
+
+def test_what_an_option_is_called_elsewhere_is_none_here() -> None:
+    for name in _OPTIONS_ELSEWHERE.keys() | _ARGUMENTS_ELSEWHERE.keys():
+        command, _, option = name.partition(" ")
+        found = group.get_command(click.Context(group), command) if command != "cli" else group
+        assert found is not None, command
+        assert option not in {each for it in found.params for each in it.opts}, name
 
 
 LOST = re.compile(rb"pi-reconciler: \d+ log lines could not be written before the end\n")

@@ -47,7 +47,7 @@ def config(ctx: click.Context) -> None:
 
 
 @config.command(short_help="Show every setting, and where it is from.")
-@click.option("--changed", is_flag=True, help="Only what is not the default.")
+@click.option("--changed", is_flag=True, help="Only what the file, a variable or a flag says.")
 @json_option
 @common
 def show(*, changed: bool, as_json: bool) -> None:
@@ -58,7 +58,7 @@ def show(*, changed: bool, as_json: bool) -> None:
     running daemon to take it.
 
     \b
-    What is not as delivered:         pi-reconciler config show --changed
+    What was set, and where:          pi-reconciler config show --changed
     One of them, for a script:        pi-reconciler config show --json | jq .settings.resync.value
     """  # noqa: D301 - click wants the real character
     from reconciler.columns import aligned

@@ -39,12 +39,17 @@ def _address(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
         raise click.BadParameter(str(error)) from None
 
 
+class _Whole(click.IntRange):
+    """click's range, in a person's words."""
+
+    name = "whole number"
+
+
 @click.command(short_help="Keep the sessions folder right.")
 @click.option("--once", is_flag=True, help="Do one full pass, and end when it is through.")
 @click.option("--dry-run", is_flag=True, help="Decide and tell everything, and do nothing.")
 @click.option(
     "--resync",
-    type=float,
     callback=seconds,
     metavar="SECONDS",
     help="Time between two full looks when nothing asks for one.  [default: 60]",
@@ -72,13 +77,13 @@ def _address(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 )
 @click.option(
     "--log-rotate-bytes",
-    type=click.IntRange(0, 1 << 50),
+    type=_Whole(0, 1 << 50),
     metavar="N",
     help="Rename that file to FILE.1 when it grows over N bytes; 0: never.  [default: 0]",
 )
 @click.option(
     "--log-rotate-keep",
-    type=click.IntRange(1, 1000),
+    type=_Whole(1, 1000),
     metavar="N",
     help="How many of FILE.1, FILE.2 ... are kept.  [default: 5]",
 )

@@ -46,9 +46,9 @@ def stop(
 ) -> None:
     """End sessions; returns when their processes are dead and their files gone.
 
-    SIGTERM first, SIGKILL 2 s later. What is left of a dead session is removed as well. What
-    the agent has started (commands that still run, servers) ends with it; --leave keeps that,
-    until the session's id is used again.
+    SIGTERM first, SIGKILL 2 s later (the setting ladder.term_grace). What is left of a dead
+    session is removed as well. What the agent has started (commands that still run, servers)
+    ends with it; --leave keeps that, until the session's id is used again.
 
     \b
     Two of them:                      pi-reconciler stop demo other

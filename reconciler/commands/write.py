@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 @click.argument("line")
 @click.option(
     "--timeout",
-    type=float,
     callback=seconds,
     metavar="SECONDS",
     help="When to give up.  [default: as the settings say, 3 attempts, 350 ms without progress]",
