@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
+
+from reconciler.diagnoses import Diagnosis, ok, problem, warning
 
 _MIB = 1 << 20
 LITTLE_SPACE = 64 * _MIB
@@ -20,48 +21,6 @@ FEW_SESSIONS = 100
 _SPARE = 64  # descriptors that the daemon needs for itself, rounded up
 _NEWEST_PAST = 1_704_067_200  # 2024-01-01: no clock is right that says less
 _MANY_SECONDS = 60.0
-
-
-class State(Enum):
-    """How something is."""
-
-    OK = "ok"
-    WARNING = "warning"
-    """It works, but for something that somebody may need or expect."""
-    PROBLEM = "problem"
-    """It does not work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """What one check has come to.
-
-    Attributes:
-        check: what was looked at.
-        state: how it is.
-        found: what was found.
-        advice: what to do about it; empty where nothing is to be done.
-    """
-
-    check: str
-    state: State
-    found: str
-    advice: str = ""
-
-
-def ok(check: str, found: str) -> Diagnosis:
-    """All is well."""
-    return Diagnosis(check, State.OK, found)
-
-
-def warning(check: str, found: str, advice: str) -> Diagnosis:
-    """It works, but."""
-    return Diagnosis(check, State.WARNING, found, advice)
-
-
-def problem(check: str, found: str, advice: str) -> Diagnosis:
-    """It does not work."""
-    return Diagnosis(check, State.PROBLEM, found, advice)
 
 
 # -- The settings ------------------------------------------------------------------------------

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import json
 import os
 import platform
 import queue
-import resource
 import shutil
 import socket
 import subprocess
@@ -17,19 +15,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reconciler import machine
 from reconciler.control_client import find, silent
+from reconciler.diagnoses import Diagnosis, problem, warning
 from reconciler.doctor import (
-    Diagnosis,
     DiskFacts,
     FolderFacts,
     LogFacts,
     ProgramFacts,
     ServiceFacts,
-    WatchFacts,
     judge_clock,
     judge_daemon,
     judge_descriptors,
@@ -41,11 +39,9 @@ from reconciler.doctor import (
     judge_service,
     judge_socket_path,
     judge_watches,
-    problem,
-    warning,
 )
 from reconciler.folder import NETWORK_FILESYSTEMS as REMOTE
-from reconciler.folder import SO_PEERPIDFD, Folder, filesystem_of
+from reconciler.folder import Folder, filesystem_of
 from reconciler.journal import SOCKET as JOURNAL
 from reconciler.layout import CLAIM, parse_name, socket_address
 from reconciler.managers import UNIT, lingers
@@ -162,81 +158,27 @@ def _socket_path(patient: Patient) -> Diagnosis:
 
 
 def _watches(patient: Patient) -> Diagnosis:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "inotify_init1"):
-        return judge_watches(WatchFacts(available=False))
-    facts = WatchFacts(
-        instances=_number_in("/proc/sys/fs/inotify/max_user_instances"),
-        watches=_number_in("/proc/sys/fs/inotify/max_user_watches"),
-    )
-    descriptor = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-    if descriptor < 0:
-        return judge_watches(replace(facts, no_instance=os.strerror(ctypes.get_errno())))
-    try:
-        delete_self = 0x400  # the rarest event: it is not waited for
-        place = os.fsencode(_nearest(patient.sessions_dir))
-        if libc.inotify_add_watch(descriptor, place, delete_self) < 0:
-            facts = replace(facts, no_watch=os.strerror(ctypes.get_errno()))
-    finally:
-        os.close(descriptor)
-    return judge_watches(facts)
-
-
-def _number_in(path: str) -> int | None:
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
-        return int(file.read(32))
-    return None
+    return judge_watches(machine.watches(_nearest(patient.sessions_dir)))
 
 
 def _descriptors(patient: Patient) -> Diagnosis:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     sessions = 0
     with contextlib.suppress(OSError), Folder(patient.sessions_dir) as folder:
         sessions = _sessions(folder)
-    return judge_descriptors(None if hard == resource.RLIM_INFINITY else hard, sessions)
+    return judge_descriptors(machine.most_descriptors(), sessions)
 
 
 def _kernel(_: Patient) -> Diagnosis:
     version = f"{platform.system()} {platform.release()}"
-    return judge_kernel(pidfd=_has_pidfds(), peer_pidfd=_has_peer_pidfds(), version=version)
-
-
-def _has_pidfds() -> bool:
-    if sys.platform != "linux":
-        return False
-    try:
-        os.close(os.pidfd_open(os.getpid()))
-    except OSError:
-        return False
-    return True
-
-
-def _has_peer_pidfds() -> bool:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        try:
-            os.close(ours.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
-        except OSError:
-            return False
-    return True
+    return judge_kernel(
+        pidfd=machine.has_pidfds(), peer_pidfd=machine.has_peer_pidfds(), version=version
+    )
 
 
 def _clock(_: Patient) -> Diagnosis:
-    suspended = 0.0
-    if sys.platform == "linux":
-        suspended = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-    return judge_clock(time.time(), synchronized=_is_synchronized(), suspended=suspended)
-
-
-def _is_synchronized() -> bool | None:
-    """What the kernel knows of it: ``adjtimex`` without anything to adjust only reads."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "adjtimex"):
-        return None
-    timex = ctypes.create_string_buffer(512)  # struct timex: 208 bytes, `modes` 0
-    state: int = libc.adjtimex(timex)
-    unsynchronized = 5  # TIME_ERROR
-    return None if state < 0 else state != unsynchronized
+    return judge_clock(
+        time.time(), synchronized=machine.is_synchronized(), suspended=machine.suspended()
+    )
 
 
 # -- Programs ----------------------------------------------------------------------------------

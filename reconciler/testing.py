@@ -17,12 +17,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from reconciler import exchanges, layout
+from reconciler.fake_socket import BACKLOG, fill_backlog, listening
 
 _READ = 65536
 _KEY_MARK: Final = b"\x01"
@@ -134,14 +135,15 @@ class FakeKeeper:
         self._stack.close()
 
     def _listen(self, stack: contextlib.ExitStack) -> None:
-        backlog = 0 if self.behaviour is Behaviour.NO_ACCEPT else 128
-        bind = _bind_and_show_keys if self.keys else _bind
-        listener = stack.enter_context(_listening(bind, self.folder, self.sid, backlog))
+        backlog = 0 if self.behaviour is Behaviour.NO_ACCEPT else BACKLOG
+        listener = stack.enter_context(
+            listening(self.folder, self.sid, keys=self.keys, backlog=backlog)
+        )
         match self.behaviour:
             case Behaviour.REFUSE:
                 listener.close()
             case Behaviour.NO_ACCEPT:
-                _fill_backlog(stack, self.folder, self.sid)
+                fill_backlog(stack, self.folder, self.sid)
             case _:
                 stack.enter_context(_Loop(listener, self.behaviour, self.after, self._lines))
 
@@ -192,59 +194,6 @@ class _Lines:
             if not self._changed.wait_for(lambda: len(self._complete) >= count, timeout):
                 raise TimeoutError(f"{len(self._complete)} of {count} lines after {timeout} s")
             return tuple(self._complete)
-
-
-@contextlib.contextmanager
-def _address(folder: Path, sid: str) -> Iterator[str]:
-    """The socket's address, however long its path is."""
-    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{descriptor}/{layout.file_name(layout.Role.SOCKET, sid)}"
-    finally:
-        os.close(descriptor)
-
-
-def _listening(
-    bind: Callable[[socket.socket, Path, str], None], folder: Path, sid: str, backlog: int
-) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        bind(listener, folder, sid)
-        listener.listen(backlog)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _bind(listener: socket.socket, folder: Path, sid: str) -> None:
-    with _address(folder, sid) as address:
-        listener.bind(address)
-
-
-def _bind_and_show_keys(listener: socket.socket, folder: Path, sid: str) -> None:
-    """Bind by the name that shows keys, from within the folder: in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", _BIND, str(listener.fileno()), _shown(sid)],
-        cwd=folder,
-        pass_fds=[listener.fileno()],
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    if done.returncode:
-        raise OSError(done.returncode, os.strerror(done.returncode))
-
-
-def _shown(sid: str) -> str:
-    return ".//" + layout.file_name(layout.Role.SOCKET, sid)
-
-
-def _fill_backlog(stack: contextlib.ExitStack, folder: Path, sid: str) -> None:
-    with _address(folder, sid) as address, contextlib.suppress(BlockingIOError):
-        while True:
-            client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            client.setblocking(False)
-            client.connect(address)
 
 
 class _Connection:
@@ -333,14 +282,6 @@ class _Loop:
         connection.sock.close()
 
 
-_BIND: Final = """
-import socket, sys
-try:
-    socket.socket(fileno=int(sys.argv[1])).bind(sys.argv[2])
-except OSError as error:
-    sys.exit(error.errno)
-"""
-
 _READY: Final = b"ready\n"
 _CHILD: Final = "import sys; from reconciler.testing import _serve_and_die as go; go(sys.argv[1:])"
 
@@ -380,8 +321,7 @@ def _relay(descriptor: int, lines: _Lines) -> None:
 def _serve_and_die(arguments: list[str]) -> None:
     """Run as the fake keeper's own process."""
     folder, sid, after, keys = arguments
-    bind = _bind_and_show_keys if int(keys) else _bind
-    listener = _listening(bind, Path(folder), sid, 128)
+    listener = listening(Path(folder), sid, keys=bool(int(keys)))
     os.write(1, _READY)
     while True:
         client, _ = listener.accept()

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from reconciler.diagnoses import Diagnosis, State
 from reconciler.doctor import (
-    Diagnosis,
     DiskFacts,
     FolderFacts,
     LogFacts,
     ProgramFacts,
     ServiceFacts,
     SettingsFacts,
-    State,
     WatchFacts,
     judge_clock,
     judge_daemon,

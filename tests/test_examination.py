@@ -18,7 +18,7 @@ from terminal import a_terminal
 from test_cli import Cli, cli, lines_of
 
 from reconciler import KeeperManager, Reconciler, examination
-from reconciler.doctor import Diagnosis, State, ok
+from reconciler.diagnoses import Diagnosis, State, ok
 from reconciler.examination import CHECKS, Patient, examine
 from reconciler.requests import OUR_KEEPER
 

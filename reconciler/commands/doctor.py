@@ -14,7 +14,7 @@ import click
 from reconciler.console import FAILURE, chosen, common, json_option, print_json, print_lines, say
 
 if TYPE_CHECKING:
-    from reconciler.doctor import Diagnosis
+    from reconciler.diagnoses import Diagnosis
     from reconciler.examination import Patient
     from reconciler.settings import Settings
 
@@ -38,7 +38,7 @@ def doctor(*, as_json: bool) -> None:
     Something is wrong here:          pi-reconciler doctor
     On a hundred machines:            pi-reconciler doctor --json | jq '.[] | select(.advice)'
     """  # noqa: D301 - click wants the real character
-    from reconciler.doctor import State
+    from reconciler.diagnoses import State
     from reconciler.examination import examine
 
     settings, diagnosis = _settings()
