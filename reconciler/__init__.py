@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from reconciler.errors import InvalidRequestError as InvalidRequestError
     from reconciler.errors import KeeperStartError as KeeperStartError
     from reconciler.errors import NoSuchSessionError as NoSuchSessionError
+    from reconciler.errors import NotKeptError as NotKeptError
     from reconciler.errors import ReconcilerError as ReconcilerError
     from reconciler.errors import StillAliveError as StillAliveError
     from reconciler.errors import UnverifiableError as UnverifiableError
-    from reconciler.keeper import Finding as Finding
+    from reconciler.findings import Finding as Finding
     from reconciler.keeper import KeeperEntry as KeeperEntry
     from reconciler.keeper import KeeperManager as KeeperManager
     from reconciler.keeper import SpawnedKeeper as SpawnedKeeper
@@ -67,11 +68,13 @@ _HOMES = {
         "InvalidRequestError",
         "KeeperStartError",
         "NoSuchSessionError",
+        "NotKeptError",
         "ReconcilerError",
         "StillAliveError",
         "UnverifiableError",
     ),
-    "keeper": ("Finding", "KeeperEntry", "KeeperManager", "SpawnedKeeper"),
+    "findings": ("Finding",),
+    "keeper": ("KeeperEntry", "KeeperManager", "SpawnedKeeper"),
     "ladder": ("Ladder",),
     "layout": ("InvalidSessionIdError",),
     "observations": ("Observation",),

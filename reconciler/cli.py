@@ -27,7 +27,7 @@ from reconciler.errors import InvalidRequestError, NoSuchSessionError, Reconcile
 from reconciler.layout import InvalidSessionIdError
 
 _COMMANDS: Mapping[str, tuple[str, ...]] = {
-    "Sessions": ("spawn", "write", "ls", "inspect", "logs", "stop"),
+    "Sessions": ("spawn", "write", "ls", "inspect", "logs", "stop", "restart"),
     "The background process": ("run", "status", "events", "service", "config", "doctor"),
     "The command line": ("demo", "completion"),
 }
@@ -48,7 +48,6 @@ _ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("uninstall", "disable"), "service uninstall"),
     **dict.fromkeys(("clean", "cleanup", "prune"), "run --once"),
     **dict.fromkeys(("daemon", "serve"), "run"),
-    "restart": "stop, then spawn",
 }
 """What docker, systemctl, pm2 and the like call it, and what it is here."""
 

@@ -15,6 +15,10 @@ class NoSuchSessionError(ReconcilerError):
     """Nothing of that session is there."""
 
 
+class NotKeptError(ReconcilerError):
+    """What that session was started with was not kept: stop it, and spawn it anew."""
+
+
 class AlreadyRunningError(ReconcilerError):
     """A keeper for that session lives. Stop it, or use another session id."""
 

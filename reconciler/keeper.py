@@ -7,25 +7,26 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from reconciler import launches
 from reconciler.agents import AgentProbe
 from reconciler.errors import FolderError, NoSuchSessionError
+from reconciler.findings import Finding, judged
 from reconciler.folder import Folder
 from reconciler.identity import KNOWN_PROGRAMS
 from reconciler.ladder import Ladder
 from reconciler.layout import check_sid, concerns, registry_file, sessions_dir, socket_address
-from reconciler.observations import Entry, FileId, KeeperState, Observation
-from reconciler.plans import Plan, Verdict
+from reconciler.observations import FileId, KeeperState, Observation
+from reconciler.plans import Verdict
 from reconciler.probe import Probe
 from reconciler.registry import Registry
 from reconciler.requests import OUR_KEEPER, KeeperRequest, check, default_environment
 from reconciler.restarts import RestartLimits, RestartPolicy
 from reconciler.spawning import Started
 from reconciler.starting import Starter, launch_of
-from reconciler.state import Desired, Policy, decide
+from reconciler.state import Policy
 from reconciler.stopping import (
     StoppedSession,
     end_leftovers,
@@ -52,14 +53,6 @@ class KeeperEntry:
     sid: str
     keeper_pid: int
     socket: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One look at one session, and what it comes to."""
-
-    seen: Observation
-    plan: Plan
 
 
 def default_sessions_dir() -> Path:
@@ -212,12 +205,44 @@ class KeeperManager:
             NoSuchSessionError: the session was stopped, or spawned anew.
             ReconcilerError, OSError: why it did not start. Nothing of it is left.
         """
+        with self._trusted_folder(sid) as folder:
+            started = await self._starter(folder).start_again(sid, judged)
+        return self._spawned(sid, started)
+
+    async def restart(self, sid: str, *, leave: bool = False) -> SpawnedKeeper:
+        """End a session as `stop` does, and start it again with what it was started with.
+
+        Only a session that was spawned with a restart policy can be: for others nothing is kept.
+        It keeps that policy, and its restarts count from anew. Its environment was not kept: it
+        gets that of this process. Should this process be killed in between, the reconciler of
+        the folder starts the session again.
+
+        Args:
+            sid: the session's id.
+            leave: leave alone what the session has started besides its agent.
+
+        Raises:
+            NoSuchSessionError: nothing of it is there, or somebody has stopped it meanwhile.
+            NotKeptError, AgentNotFoundError, InvalidRequestError: it could not be started
+                again. Nothing was done.
+            UnverifiableError, FolderError, StillAliveError: it was not ended, see `stop`, and
+                keeps its policy.
+            AlreadyRunningError: somebody else has started one of this name meanwhile.
+            AgentExitedError, KeeperStartError: it was ended, and did not come up again. It keeps
+                its policy.
+        """
+        check_sid(sid)
+        with self._trusted_folder(sid) as folder:
+            started = await self._starter(folder).restart(sid, leave=leave)
+        return self._spawned(sid, started)
+
+    @contextlib.contextmanager
+    def _trusted_folder(self, sid: str) -> Iterator[Folder]:
         with self.open_folder() as folder:
             if folder is None:
                 raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
             self.refuse_untrusted(folder)
-            started = await self._starter(folder).start_again(sid, judged)
-        return self._spawned(sid, started)
+            yield folder
 
     def make_folder(self) -> None:
         """Make the sessions folder, and those above it, for its user alone.
@@ -288,21 +313,7 @@ class KeeperManager:
             ]
 
     def _finding(self, seen: Observation, folder: Folder) -> Finding:
-        """What a look comes to, for people: a single one takes ages from the files' own times.
-
-        Nobody acts on it. Who acts counts from what it has seen itself.
-        """
-        if not seen.note.present:  # a look that is in a hurry leaves it out
-            note, record = launches.look(folder, seen.sid, seen.now, over=seen.over)
-            seen = replace(seen, note=note, record=record)
-        dated = replace(
-            seen,
-            pid_file=_dated(seen.pid_file, seen.now),
-            socket=_dated(seen.socket, seen.now),
-            agent_file=_dated(seen.agent_file, seen.now),
-        )
-        plan = decide(dated, Desired.AS_FOUND, self.policy, self.restart_limits)
-        return Finding(dated, plan)
+        return judged(seen, folder, self.policy, self.restart_limits)
 
     def inspect(self, sid: str) -> Finding:
         """Look once at one session, and judge it. Nothing is changed.
@@ -356,10 +367,8 @@ class KeeperManager:
         """
         check_sid(sid)
         begun = time.monotonic()
-        with self.open_folder() as folder:
-            if folder is None:
-                raise NoSuchSessionError(f"no session {sid}: there is no {self.sessions_dir}")
-            kept = self.keep_no_longer(folder, sid)
+        with self._trusted_folder(sid) as folder:
+            kept = keep_no_longer(folder, sid)
             probe = self.probe(folder)
             seen = probe.scan_all().look(probe, sid)
             if seen.empty and not kept:
@@ -381,9 +390,3 @@ class KeeperManager:
         """
         self.refuse_untrusted(folder)
         return keep_no_longer(folder, sid)
-
-
-def _dated(entry: Entry, now: float) -> Entry:
-    if entry.file is None:
-        return entry
-    return replace(entry, since=now - max(0.0, time.time() - entry.file.mtime_ns / 1e9))

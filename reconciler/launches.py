@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -101,10 +102,11 @@ class Note:
 
 @contextlib.contextmanager
 def opened(folder: Folder, sid: str, *, to_write: bool = False) -> Iterator[Note]:
-    """A session's launch note, open.
+    """A session's launch note, open; one that is to be written to is its opener's alone.
 
     Raises:
         FileNotFoundError: there is none.
+        BlockingIOError: somebody else has it to write to.
         NoNoteError, OSError: what stands there is none, or cannot be read.
     """
     name = file_name(Role.LAUNCH, sid)
@@ -113,6 +115,8 @@ def opened(folder: Folder, sid: str, *, to_write: bool = False) -> Iterator[Note
     flags = _OPEN | (os.O_RDWR if to_write else os.O_RDONLY)
     descriptor = os.open(name, flags, dir_fd=folder.fd)
     try:
+        if to_write:  # a lock that ends with its process
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield Note(folder, sid, descriptor)
     finally:
         os.close(descriptor)

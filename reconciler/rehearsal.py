@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from reconciler.keeper import KeeperManager
 from reconciler.layout import Role, file_name, socket_address
 from reconciler.observations import EntryKind, KeeperState, Observation
 from reconciler.plans import Verdict
+from reconciler.requests import KeeperRequest, check
 from reconciler.screens import action_words
-from reconciler.starting import refuse_used
+from reconciler.starting import noted, refuse_used, request_of
 from reconciler.state import Desired, decide
 from reconciler.stopping import processes_of
 from reconciler.trust import distrust_below
@@ -63,11 +64,15 @@ def spawn(manager: KeeperManager, sid: str | None, **options: Any) -> Start:  # 
         first = [f"make the folder {manager.sessions_dir}"]
     except OSError as error:
         raise _unusable(manager.sessions_dir, error.strerror) from error
+    socket = socket_address(manager.sessions_dir, request.sid)
+    return Start(request.sid, _program(request), str(request.cwd), socket, tuple(first))
+
+
+def _program(request: KeeperRequest) -> str:
+    """The agent's program, as it would be found."""
     program = request.agent_command[0] if request.agent_command else "pi"
     named = str(request.cwd / program) if "/" in program else program
-    found = shutil.which(named, path=request.env.get("PATH", os.defpath)) or program
-    socket = socket_address(manager.sessions_dir, request.sid)
-    return Start(request.sid, found, str(request.cwd), socket, tuple(first))
+    return shutil.which(named, path=request.env.get("PATH", os.defpath)) or program
 
 
 def _cleared(seen: Observation, manager: KeeperManager, folder: Folder) -> list[str]:
@@ -150,6 +155,20 @@ def stop(manager: KeeperManager, sid: str, *, leave: bool = False) -> End:
         () if leave else tuple(others),
         _files(seen),
     )
+
+
+def restart(manager: KeeperManager, sid: str, *, leave: bool = False) -> tuple[End, str, str]:
+    """Find out what `KeeperManager.restart` would end, the program it would start, and where.
+
+    Raises:
+        NoSuchSessionError, NotKeptError, AgentNotFoundError, InvalidRequestError,
+        UnverifiableError, FolderError: as `restart` would.
+    """
+    end = stop(manager, sid, leave=leave)
+    with Folder(manager.sessions_dir) as folder, noted(folder, sid) as note:
+        request = request_of(sid, note.launch)
+    check(request, manager.sessions_dir)
+    return replace(end, files=()), _program(request), str(request.cwd)
 
 
 def _files(seen: Observation) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from reconciler.columns import aligned
-from reconciler.keeper import Finding
+from reconciler.findings import Finding
 from reconciler.layout import socket_address
 from reconciler.observations import (
     AgentState,

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,20 +19,30 @@ from reconciler.errors import (
     AlreadyRunningError,
     FolderError,
     NoSuchSessionError,
+    NotKeptError,
+    ReconcilerError,
     StillAliveError,
     UnverifiableError,
 )
+from reconciler.folder import Folder
 from reconciler.ladder import Ladder
 from reconciler.launches import Launch
+from reconciler.layout import Role, file_name
 from reconciler.leftovers import forget_wish
 from reconciler.observations import FileId, KeeperState, Observation
 from reconciler.plans import Plan, StopAgent, Verdict
 from reconciler.probe import Probe
 from reconciler.requests import OUR_KEEPER, KeeperRequest, check, environment_to_restart
-from reconciler.restarts import RestartLimits, recent
+from reconciler.restarts import RestartLimits, RestartRecord, recent
 from reconciler.spawning import Started, start
 from reconciler.state import Desired, Policy, decide
-from reconciler.stopping import end_leftovers, end_session, keep_no_longer, processes_of
+from reconciler.stopping import (
+    end_leftovers,
+    end_session,
+    keep_no_longer,
+    note_wish,
+    processes_of,
+)
 
 _GOES = 2.0
 # Seconds that a keeper of another make which is being started again may take until it is up, and
@@ -95,23 +106,52 @@ class Starter:
 
     async def start_again(self, sid: str, judged: FileId) -> Started:
         """Start a session again that has ended; see `KeeperManager.start_again`."""
-        with contextlib.ExitStack() as held:
-            try:
-                note = held.enter_context(launches.opened(self._folder, sid, to_write=True))
-            except (FileNotFoundError, launches.NoNoteError) as error:
-                raise NoSuchSessionError(f"session {sid} was stopped") from error
-            if note.file != judged:
-                raise NoSuchSessionError(f"session {sid}: its launch note is another one now")
-            return await self._start_as_noted(sid, note)
+        try:
+            with noted(self._folder, sid, to_write=True) as note:
+                if note.file != judged:
+                    raise NoSuchSessionError(f"session {sid}: its launch note is another one now")
+                tries = recent(note.record.restarts, now := time.monotonic(), self._limits)
+                record = replace(note.record, this_boot=True, restarts=(*tries, now))
+                # Should we be killed now, then what the log says last of the boot before counts
+                # no more: all were asked to end then, and this session is none that is over.
+                note.write(record, failed=not note.record.this_boot)
+                return await self._start_as_noted(request_of(sid, note.launch), note)
+        except NotKeptError as error:
+            raise NoSuchSessionError(f"session {sid} was stopped") from error
 
-    async def _start_as_noted(self, sid: str, note: launches.Note) -> Started:
-        now = time.monotonic()
-        tries = (*recent(note.record.restarts, now, self._limits), now)
-        record = replace(note.record, this_boot=True, restarts=tries)
-        # Should we be killed now, then what the log says last of the boot before counts no more:
-        # all were asked to end then, and this session is none that is over for good.
-        note.write(record, failed=not note.record.this_boot)
-        request = _request_of(sid, note.launch)
+    async def restart(self, sid: str, *, leave: bool) -> Started:
+        """End a session, and start it again; see `KeeperManager.restart`.
+
+        Its launch note stays where it is, and says meanwhile that the session has failed: should
+        we be killed, then whoever keeps the folder starts it again.
+        """
+        seen = self._probe.scan_all().look(self._probe, sid)
+        if seen.empty:
+            raise NoSuchSessionError(f"no session {sid} in {self._folder.path}")
+        with noted(self._folder, sid, to_write=True) as note:
+            request = replace(request_of(sid, note.launch), ready=True)
+            check(request, self._folder.path)
+            before, failed = note.record, note.failed
+            note.write(RestartRecord(note.launch.policy), failed=True)
+            try:
+                note_wish(self._folder, sid, leave=leave)
+                await end_session(seen, self._probe, self._policy, self._ladder)
+                if not leave:
+                    await end_leftovers(sid, self._probe, self._ladder)
+            except ReconcilerError:
+                note.write(before, failed=failed)
+                raise
+            try:
+                started = await self._start_as_noted(request, note)
+            except (AlreadyRunningError, NoSuchSessionError):
+                raise
+            except ReconcilerError as error:
+                raise type(error)(f"{error}; it is ended now, and keeps its policy") from error
+        forget_wish(self._folder, sid)  # it was about the session before
+        return started
+
+    async def _start_as_noted(self, request: KeeperRequest, note: launches.Note) -> Started:
+        sid, record = request.sid, note.record
         try:
             check(request, self._folder.path)
             await self._make_free(sid)
@@ -168,6 +208,30 @@ def refuse_used(seen: Observation, policy: Policy) -> Plan:
     return plan
 
 
+@contextlib.contextmanager
+def noted(folder: Folder, sid: str, *, to_write: bool = False) -> Iterator[launches.Note]:
+    """What is noted down to start a session again, open.
+
+    Raises:
+        NotKeptError: nothing is, or what stands there is not to be obeyed.
+        AlreadyRunningError: somebody else is just starting the session again.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            note = held.enter_context(launches.opened(folder, sid, to_write=to_write))
+        except FileNotFoundError:
+            raise NotKeptError(
+                f"session {sid} was spawned without a restart policy, so what it was started with "
+                "was not kept: stop it, and spawn it again (spawn --restart on-failure keeps it)"
+            ) from None
+        except launches.NoNoteError as error:
+            name = file_name(Role.LAUNCH, sid)
+            raise NotKeptError(f"session {sid}: {name} is not to be obeyed: {error}") from error
+        except BlockingIOError:
+            raise AlreadyRunningError(f"session {sid} is just being started again") from None
+        yield note
+
+
 def launch_of(request: KeeperRequest) -> Launch:
     """What is noted down, to start the session of a request again."""
     return Launch(
@@ -179,7 +243,8 @@ def launch_of(request: KeeperRequest) -> Launch:
     )
 
 
-def _request_of(sid: str, launch: Launch) -> KeeperRequest:
+def request_of(sid: str, launch: Launch) -> KeeperRequest:
+    """What is started when a session is started again, in the environment of this process."""
     return KeeperRequest(
         sid=sid,
         cwd=Path(launch.cwd),

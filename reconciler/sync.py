@@ -46,6 +46,7 @@ def _refuse_loop(name: str) -> None:
 
 _spawn = _blocking(keeper.KeeperManager.spawn)
 _stop = _blocking(keeper.KeeperManager.stop)
+_restart = _blocking(keeper.KeeperManager.restart)
 _discover = _blocking(keeper.KeeperManager.discover)
 
 
@@ -54,4 +55,5 @@ class KeeperManager(keeper.KeeperManager):
 
     spawn = _spawn  # type: ignore[assignment] # the same, and it blocks
     stop = _stop  # type: ignore[assignment] # the same, and it blocks
+    restart = _restart  # type: ignore[assignment] # the same, and it blocks
     discover = _discover  # type: ignore[assignment] # the same, and it blocks

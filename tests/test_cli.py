@@ -31,7 +31,20 @@ from reconciler.state import Policy
 from reconciler.testing import Behaviour, FakeKeeper
 
 PROGRAM = (sys.executable, "-m", "reconciler")
-COMMANDS = ("run", "status", "events", "spawn", "write", "ls", "inspect", "stop", "completion")
+COMMANDS = (
+    *(
+        "run",
+        "status",
+        "events",
+        "spawn",
+        "write",
+        "ls",
+        "inspect",
+        "stop",
+        "restart",
+        "completion",
+    ),
+)
 LINE = '{"type":"get_state","id":"1"}'
 
 

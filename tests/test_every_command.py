@@ -32,7 +32,7 @@ COMMANDS = (
     Said(
         "run --once --dry-run", r"reconciler\.stopped", r'{"timestamp".*"reconciler\.stopped".*}\n'
     ),
-    Said("spawn NAME -- cat", r"^NAME \d+", r"NAME \d+\n"),
+    Said("spawn NAME --restart on-failure -- cat", r"^NAME \d+", r"NAME \d+\n"),
     Said('write NAME \'{"id":"1"}\'', r"^ended", r""),
     Said("ls", r"SID +PHASE .*\n(.*\n)*NAME +ready", r"SID +PHASE .*\nNAME +ready .*\n"),
     Said("inspect NAME", r"phase +ready, because: keeper proven", r"session NAME in .*nothing\n"),
@@ -47,6 +47,7 @@ COMMANDS = (
     Said("doctor || true", r"folder .*, nobody else's", r"ok +settings .*"),
     Said("completion bash", r"complete .*pi-reconciler", r"# .*complete [^\n]* pi-reconciler\n"),
     Said("demo", r"no process and no file is left", r"In a folder of its own.*is left\.\n"),
+    Said("restart NAME", r"^NAME restarted, its keeper", r"NAME restarted, its keeper is \d+\n"),
     Said("stop NAME", r"^NAME stopped", r"NAME stopped\n"),
 )
 ELSEWHERE = {"events": "test_status.py"}

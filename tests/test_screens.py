@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reconciler.keeper import Finding
+from reconciler.findings import Finding
 from reconciler.layout import Role
 from reconciler.observations import (
     Agent,

@@ -51,6 +51,7 @@ async def manager(folder: Path) -> None:
     assert_type((spawned.sid, spawned.keeper_pid, spawned.agent_pid), tuple[str, int, int | None])
     assert_type(await keepers.discover(), list[KeeperEntry])
     assert_type(await keepers.stop("demo"), StoppedSession)
+    assert_type(await keepers.restart("demo", leave=True), SpawnedKeeper)
     finding = keepers.inspect("demo")
     assert_type(finding, Finding)
     assert_type((finding.seen, finding.plan), tuple[Observation, Plan])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -71,35 +71,62 @@ def stop(
         results = asyncio.run(_stop_all(manager, chosen, leave=leave))
     if everything:  # one that has gone by itself meanwhile is no failure
         results = [each for each in results if each[0] != NO_SUCH_SESSION]
-    _tell(results, as_json=as_json, dry_run=dry_run)
+    tell(results, _words, as_json=as_json)
 
 
-def _tell(results: list[tuple[int, dict[str, Any]]], *, as_json: bool, dry_run: bool) -> None:
+Result = tuple[int, dict[str, Any]]
+"""What became of one session: 0 or an exit code, and what --json says of it."""
+
+
+def tell(results: list[Result], words: Callable[[dict[str, Any]], str], *, as_json: bool) -> None:
     """Tell what became of each session, or would, and end as that asks for."""
     if as_json:
         print_json([result for _, result in results])
     for code, result in results:
         if code:
             complain(result["error"])
-        elif dry_run and not as_json:
-            click.echo(f"would stop {result['sid']}: {_words(result)}")
+        elif result.get("dry_run") and not as_json:
+            click.echo(words(result))
         elif not as_json:
-            others = f", with {result['leftover_count']} more that it had started"
-            confirm(f"{result['sid']} stopped{others if result['leftover_count'] else ''}")
+            confirm(words(result))
     if failed := [code for code, _ in results if code]:
         sys.exit(NO_SUCH_SESSION if set(failed) == {NO_SUCH_SESSION} else FAILURE)
 
 
-def _rehearse(manager: KeeperManager, sid: str, *, leave: bool) -> tuple[int, dict[str, Any]]:
+def failure(sid: str, error: Exception, **said: bool) -> Result:
+    """What became of a session that nothing could be done about."""
+    code = NO_SUCH_SESSION if isinstance(error, NoSuchSessionError) else FAILURE
+    return code, {"sid": sid, **said, "error": str(error)}
+
+
+def end_words(end: Mapping[str, Any]) -> list[str]:
+    """What would be ended and removed, for a person."""
+    steps = [
+        f"end {name} {end[f'{name}_pid']}" for name in ("keeper", "agent") if end[f"{name}_pid"]
+    ]
+    if end["leftovers"]:
+        steps.append(f"end {', '.join(map(str, end['leftovers']))}, which it has started")
+    if end.get("files"):
+        steps.append(f"see {', '.join(end['files'])} gone")
+    return steps
+
+
+def _words(result: Mapping[str, Any]) -> str:
+    if result.get("dry_run"):
+        steps = ", ".join(end_words(result)) or "nothing to be done"
+        return f"would stop {result['sid']}: {steps}"
+    others = f", with {result['leftover_count']} more that it had started"
+    return f"{result['sid']} stopped{others if result['leftover_count'] else ''}"
+
+
+def _rehearse(manager: KeeperManager, sid: str, *, leave: bool) -> Result:
     """What would become of one session."""
     from reconciler import rehearsal
 
     try:
         end = rehearsal.stop(manager, sid, leave=leave)
-    except NoSuchSessionError as error:
-        return NO_SUCH_SESSION, {"sid": sid, "dry_run": True, "error": str(error)}
     except (ReconcilerError, OSError, ValueError) as error:
-        return FAILURE, {"sid": sid, "dry_run": True, "error": str(error)}
+        return failure(sid, error, dry_run=True)
     return 0, {
         "sid": sid,
         "dry_run": True,
@@ -110,31 +137,15 @@ def _rehearse(manager: KeeperManager, sid: str, *, leave: bool) -> tuple[int, di
     }
 
 
-def _words(end: dict[str, Any]) -> str:
-    """What would be ended and removed, for a person."""
-    steps = [
-        f"end {name} {end[f'{name}_pid']}" for name in ("keeper", "agent") if end[f"{name}_pid"]
-    ]
-    if end["leftovers"]:
-        steps.append(f"end {', '.join(map(str, end['leftovers']))}, which it has started")
-    if end["files"]:
-        steps.append(f"see {', '.join(end['files'])} gone")
-    return ", ".join(steps) or "nothing to be done"
-
-
-async def _stop_all(
-    manager: KeeperManager, sids: Iterable[str], *, leave: bool
-) -> list[tuple[int, dict[str, Any]]]:
+async def _stop_all(manager: KeeperManager, sids: Iterable[str], *, leave: bool) -> list[Result]:
     """Stop them all at the same time; each one's outcome, in order."""
     import asyncio
 
-    async def one(sid: str) -> tuple[int, dict[str, Any]]:
+    async def one(sid: str) -> Result:
         try:
             stopped = await manager.stop(sid, leave=leave)
-        except NoSuchSessionError as error:
-            return NO_SUCH_SESSION, {"sid": sid, "stopped": False, "error": str(error)}
         except (ReconcilerError, OSError, ValueError) as error:
-            return FAILURE, {"sid": sid, "stopped": False, "error": str(error)}
+            return failure(sid, error, stopped=False)
         elapsed = round(stopped.elapsed * 1000, 3)
         return 0, {
             "sid": sid,
