@@ -154,7 +154,8 @@ class Identity:
     def _serves_elsewhere(self, sid: str, pid: int) -> bool:
         """Whether it is a keeper of ours that does not hold this folder: its socket was linked."""
         arguments = self._processes.arguments(pid) or ()
-        return mentions_keeper(arguments, _OURS) and not self.may_serve(sid, pid)
+        holds = self._processes.holds(pid, self._evidence(sid))
+        return mentions_keeper(arguments, _OURS) and holds is False
 
     def mentions_keeper(self, pid: int) -> bool:
         """Whether a process may run a keeper of whichever session: to spare it, no more."""
@@ -163,9 +164,11 @@ class Identity:
     def may_serve(self, sid: str, pid: int) -> bool:
         """Whether a process that runs our keeper for ``sid`` may do so for this folder.
 
-        It holds its folder open for life, so what it holds refutes it as well.
+        It holds its folder open for life, so what it holds refutes it as well. What has died
+        since it was found holds nothing that can be looked at, and serves nobody.
         """
-        return self._processes.holds(pid, self._evidence(sid)) is not False
+        holds = self._processes.holds(pid, self._evidence(sid))
+        return self._processes.facts(pid).life is not Life.DEAD if holds is None else holds
 
     def _evidence(self, sid: str) -> frozenset[tuple[int, int]]:
         """The folder and the session's logs, by device and inode: a keeper holds one open.

@@ -277,6 +277,15 @@ def test_who_listens_is_the_keeper_whatever_it_runs(who: Identity, folder: Path)
         assert not who.proves_keeper("another", identity(pid))
 
 
+def test_who_has_died_since_it_was_found_serves_nobody(
+    who: Identity, opened: Folder, innocent: int
+) -> None:
+    assert not who.may_serve(SID, dead_pid())
+    assert not who.may_serve(SID, innocent), "what it holds can be seen"
+    hidden = Identity(opened, processes=Odd(holds=lambda *_: None))
+    assert hidden.may_serve(SID, innocent)
+
+
 def test_our_keeper_by_listening(manager: KeeperManager, who: Identity) -> None:
     pid = spawn(manager, SID).keeper_pid
     keeper = who.listening_keeper(SID, who.connect(SID))
