@@ -27,11 +27,13 @@ from reconciler import __version__
 from reconciler.folder import Answer, Folder
 from reconciler.layout import CONTROL_SOCKET
 from reconciler.logs import SEVERITIES, as_json
+from reconciler.processes import TO_END, TO_LOOK, leaves_free
 from reconciler.reports import ACTIONS, Log
 from reconciler.sessions import SessionTable
 
 MOST_LISTENERS = 16
-"""How many are told of events at a time; one more is told the status, and hung up on."""
+"""How many are told of events at a time, fewer where descriptors are few: looking and ending go
+before. One more is told the status, and hung up on."""
 
 BACKLOG = 1 << 20
 """Bytes of lines that wait for one listener: more than one slice of the loop can tell."""
@@ -197,7 +199,8 @@ class Control:
         listener = _Listener(self._loop, client, self._leave)
         self._listeners.add(listener)
         self._tap.listener = self._tell
-        if len(self._listeners) > MOST_LISTENERS:
+        room = leaves_free(client.fileno(), TO_LOOK + TO_END)
+        if len(self._listeners) > MOST_LISTENERS or not room:
             listener.farewell(as_json(self.status(streams=False)) + b"\n")
         else:
             listener.tell(as_json(self.status(streams=True)) + b"\n")

@@ -14,7 +14,7 @@ from reconciler.hints import LOOK_AT_PROCESSES
 from reconciler.layout import CONCERN, Role, parse_name
 from reconciler.leftovers import forget_wish
 from reconciler.plans import Verdict
-from reconciler.probe import NO_SUSPECTS, Suspects
+from reconciler.probe import NO_SUSPECTS, Probe, Suspects
 from reconciler.removal import is_taken, recover
 from reconciler.reports import Reporter
 from reconciler.served import Served
@@ -108,17 +108,25 @@ class Finder:
                 are brought into their budget afterwards.
         """
         try:
-            suspects = await asyncio.to_thread(served.probe.scan_all)
-            for sid in suspects.sids:
-                if suspects.news_for(self._sessions.row(sid)):
-                    self._suspects[sid] = suspects
-                    self._hint(sid, time.monotonic())
+            suspects, news = await asyncio.to_thread(self._scan, served.probe)
+            for sid in news:
+                self._suspects[sid] = suspects
+                self._hint(sid, time.monotonic())
             if full:
                 if not served.may_not_act():
                     self._forget_wishes(served.folder, suspects.marked.keys())
                 await self._sweep_logs(served, suspects.sids)
         except OSError as error:
             self._tell_half_read(served.folder, error)
+
+    def _scan(self, probe: Probe) -> tuple[Suspects, list[str]]:
+        """Walk over all processes, in a thread: what was found, and of which sessions it is news.
+
+        Keepers of other folders, of which there may be many, are none.
+        """
+        suspects, may_serve = probe.scan_all(), probe.identity.may_serve
+        rows = (self._sessions.row(sid) for sid in suspects.sids)
+        return suspects, [row.sid for row in rows if suspects.news_for(row, may_serve)]
 
     def _forget_wishes(self, folder: Folder, marked: Collection[str]) -> None:
         """Drop notes about leftovers once several scans in a row have found none.

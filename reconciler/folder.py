@@ -112,6 +112,7 @@ class Folder:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         self.fd = os.open(path, flags) if at is None else os.open(".", flags, dir_fd=at)
         self._client: socket.socket | None = None
+        self._locked = False
         status = os.fstat(self.fd)
         self.key = (status.st_dev, status.st_ino)
         self.remote = filesystem_of(status.st_dev) in NETWORK_FILESYSTEMS
@@ -165,10 +166,13 @@ class Folder:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        self._locked = True
         return True
 
     def lock_holder(self) -> int | None:
         """The pid that holds the folder's lock, or None when it cannot be told."""
+        if self._locked:
+            return os.getpid()
         device, inode = self.key
         wanted = f"{os.major(device):02x}:{os.minor(device):02x}:{inode}"
         with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as locks:

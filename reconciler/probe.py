@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from reconciler import launches
@@ -48,16 +48,21 @@ class Suspects:
         """All sessions of which something was found."""
         return frozenset(self.keepers) | frozenset(self.marked)
 
-    def news_for(self, row: Session) -> bool:
+    def news_for(self, row: Session, may_serve: Callable[[str, int], bool]) -> bool:
         """Whether a session should be looked at for what was found of it.
 
         What is marked is of interest only once its session has no keeper.
+
+        Args:
+            row: what is known of the session.
+            may_serve: whether a keeper of that id may be one of this folder; asked of those
+                that are not known.
         """
-        keepers, marked = self.keepers.get(row.sid, ()), self.marked.get(row.sid, ())
-        if keepers and {row.keeper_pid} != set(keepers):
+        sid, known = row.sid, row.keeper_pid
+        if any(pid != known and may_serve(sid, pid) for pid in self.keepers.get(sid, ())):
             return True
-        known = {left.process.pid for left in row.seen.leftovers} if row.seen else set()
-        return row.keeper_pid is None and set(marked) != known
+        left = {left.process.pid for left in row.seen.leftovers} if row.seen else set()
+        return known is None and set(self.marked.get(sid, ())) != left
 
     def look(self, probe: Probe, sid: str, before: Observation | None = None) -> Observation:
         """Look at one session, with what was found of it."""

@@ -357,15 +357,16 @@ def open_pidfd(pid: int, *, spare: int = TO_LOOK) -> int | None:
         if error.errno in {errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.ENOENT}:
             return None  # the last two: the number of a thread
         raise
-    limit = _descriptor_limit()
-    if pidfd < limit - min(spare, limit // 2):  # the system gives out the lowest that is free
+    if leaves_free(pidfd, spare):
         return pidfd
     os.close(pidfd)
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
-def _descriptor_limit() -> int:
-    import resource  # noqa: PLC0415 - Windows has none, and no pidfds
+def leaves_free(descriptor: int, spare: int) -> bool:
+    """Whether so many may be opened beside a descriptor: it is the lowest that was free."""
+    import resource  # noqa: PLC0415 - Windows has none
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
+    limit = soft if soft != resource.RLIM_INFINITY else sys.maxsize
+    return descriptor < limit - min(spare, limit // 2)

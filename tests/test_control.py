@@ -359,6 +359,21 @@ async def test_one_listener_too_many_is_told_the_status_alone(folder: Path) -> N
             one.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="prlimit of Linux")
+def test_listeners_leave_the_daemon_the_descriptors_that_looking_takes(daemon: Daemon) -> None:
+    until((daemon.folder / CONTROL_SOCKET).exists)
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (24, 24))
+    with contextlib.ExitStack() as connected:
+        answers = [find(daemon.folder, WAIT) for _ in range(MOST_LISTENERS)]
+        for answer in answers:
+            assert answer.stream is not None, "each is told how it stands"
+            connected.callback(answer.stream.close)
+        assert not answers[-1].status["streams"], "no events follow"
+        stale_pair(daemon.folder, "demo")
+        until(lambda: daemon.of("session.cleaned", "demo"), "it goes on with its work")
+    assert not daemon.of("session.failed")
+
+
 @asynchronous
 async def test_who_talks_is_hung_up_on(folder: Path) -> None:
     async with running(folder) as reconciler:

@@ -30,6 +30,7 @@ from conftest import (
     happens,
     identity,
     root,
+    sessions_folder,
     soon,
     stale_pair,
     until,
@@ -1379,6 +1380,32 @@ async def test_a_folder_that_was_opened_this_instant_is_left_alone(
         os.kill(spawned.keeper_pid, signal.SIGKILL)
         await happens(lambda: told.of("session.planned", SID), "it is told what would be done")
         assert claims_of(folder) == ALL
+
+
+@asynchronous
+async def test_keepers_of_other_folders_cost_no_look(
+    manager: KeeperManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of no session here, and of one whose id is in use here as well."""
+    look = probe.Probe.look
+    looks: list[tuple[str, object]] = []
+
+    def counted(self: probe.Probe, sid: str, *given: Any, **more: Any) -> Observation:  # noqa: ANN401 - as the real one
+        if more.get("scanned") or more.get("marked"):
+            looks.append((sid, more))
+        return look(self, sid, *given, **more)
+
+    with sessions_folder() as elsewhere:
+        for sid in (SID, "elsewhere"):
+            await KeeperManager(elsewhere).spawn(sid, agent_command=SINK)
+        await manager.spawn(SID, agent_command=SINK)
+        async with running(manager) as (reconciler, _):
+            await soon(reconciler.wait_for(SID, is_in(Verdict.READY)))
+            monkeypatch.setattr(probe.Probe, "look", counted)
+            await reconciler.settled()
+            await reconciler.settled()
+            monkeypatch.undo()
+        assert looks == []
 
 
 @asynchronous

@@ -396,6 +396,16 @@ def test_one_lock_for_one_folder(opened: Folder) -> None:
         assert second.lock()
 
 
+def test_who_holds_the_lock_need_not_ask_the_kernel_whose_it_is(
+    opened: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked with every look at a session that has left something."""
+    read: list[object] = []
+    monkeypatch.setattr(folder_module, "open", read.append, raising=False)
+    assert opened.lock()
+    assert (opened.lock_holder(), read) == (os.getpid(), [])
+
+
 def test_nobody_holds_the_lock(opened: Folder) -> None:
     assert opened.lock_holder() is None
 

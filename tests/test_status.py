@@ -200,7 +200,7 @@ def test_one_listener_too_many_is_told_what_to_do(cli: Cli, daemon: Daemon) -> N
         client.connect(str(cli.folder / CONTROL_SOCKET))
         client.recv(1)
         listening.append(client)
-    assert "has all the listeners that it takes" in cli("events").err
+    assert "takes no more listeners" in cli("events").err
     assert cli("status").code == 0
     for client in listening:
         client.close()

@@ -98,7 +98,11 @@ def _follow(
     from reconciler.console import fail
 
     if not found.status.get("streams"):
-        fail(f"process {found.pid} has all the listeners that it takes: end one of them", FAILURE)
+        fail(
+            f"process {found.pid} takes no more listeners: end one of them, or let it have more "
+            "open files (ulimit -n)",
+            FAILURE,
+        )
     say(f"process {found.pid} works on {found.status['folder']}")
     while (lines := stream.read()) is not None:
         for line in lines:
