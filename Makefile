@@ -18,6 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## Show what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
+# What it starts again has its environment: the agent of `make agent` is to be found there.
+run: export PATH := $(PATH):$(CURDIR)/$(dir $(AGENT))
 run: $(VENV)/.run ## Keep the sessions folder right (ARGS="--dry-run" for more)
 	$(BIN)/pi-reconciler run $(ARGS)
 

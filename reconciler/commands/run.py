@@ -112,7 +112,7 @@ def run(
     metrics: tuple[str, int] | None,
     metrics_public: bool,
 ) -> None:
-    """Keep the sessions folder right: the background process.
+    """Keep the sessions folder right: the background process, a daemon.
 
     Its log goes to standard output, to a file or to the journal. SIGTERM or SIGINT end it;
     keepers and agents live on. SIGHUP has it take changed settings (and ends it once its
