@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import functools
 import io
@@ -25,6 +26,8 @@ from chaos import pytest_pyfunc_call as pytest_pyfunc_call  # noqa: PLC0414
 from raw_keeper import out as out  # noqa: PLC0414
 from raw_keeper import session as session  # noqa: PLC0414
 
+from reconciler import launches
+from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.layout import KEEPER_PROGRAM
 from reconciler.logs import Level, make_logger
@@ -120,6 +123,7 @@ class Told:
 @contextlib.contextmanager
 def as_nobody() -> Iterator[None]:
     """Be another user for a while, in this process: needs root."""
+    codecs.lookup("ascii")  # it may stand where only root can read, and is looked for once
     groups = os.getgroups()
     os.setgroups([])
     os.setresgid(65534, 65534, 0)
@@ -289,3 +293,9 @@ def stale_pair(folder: Path, sid: str) -> None:
     """Leave a socket and a pid file, in the order in which a keeper makes them."""
     bare_socket(folder / f"{sid}.rpc.sock")
     (folder / f"{sid}.rpc.sock.pid").write_text(str(dead_pid()))
+
+
+def note_down(folder: Folder, sid: str, launch: launches.Launch) -> None:
+    """Make a launch note, as a spawn does."""
+    with launches.written(folder, sid, launch):
+        pass
