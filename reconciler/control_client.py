@@ -63,6 +63,7 @@ class Found(NamedTuple):
         reason: why it is not known to run; empty when it runs.
         status: its own words, when it runs.
         stream: what it tells from now on. Close it.
+        silent: one listens, and does not answer.
     """
 
     state: State
@@ -70,6 +71,7 @@ class Found(NamedTuple):
     reason: str
     status: Mapping[str, Any] = {}
     stream: Stream | None = None
+    silent: bool = False
 
 
 class Stream:
@@ -165,7 +167,7 @@ def _find(folder: Folder, deadline: float) -> Found:
         reason = f"process {holder} holds the folder's lock, and does not say how it stands"
         return Found(State.NOT_KNOWN, holder, reason)
     except BlockingIOError:
-        return Found(State.NOT_KNOWN, holder, silent(holder))
+        return _silent(holder)
     except OSError as error:
         return Found(State.NOT_KNOWN, holder, f"{CONTROL_SOCKET} cannot be asked: {error.strerror}")
     stream = Stream(client)
@@ -183,14 +185,14 @@ def _ask(stream: Stream, holder: int | None, deadline: float, distrust: str) -> 
     except ValueError as error:
         return Found(State.NOT_KNOWN, holder, f"{CONTROL_SOCKET} answers, but not as ours: {error}")
     if status is None:
-        return Found(State.NOT_KNOWN, holder, silent(holder))
+        return _silent(holder)
     return Found(State.RUNNING, holder or status.get("pid"), "", status, stream)
 
 
-def silent(holder: int | None) -> str:
-    """The reason of one that listens, and does not answer in time."""
+def _silent(holder: int | None) -> Found:
     who = f"process {holder}" if holder else "a process that cannot be named"
-    return f"{who} holds the control socket, and does not answer: it hangs, or was stopped"
+    reason = f"{who} holds the control socket, and does not answer: it hangs, or was stopped"
+    return Found(State.NOT_KNOWN, holder, reason, silent=True)
 
 
 def _distrust(client: socket.socket, holder: int | None) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from reconciler import machine
-from reconciler.control_client import find, silent
+from reconciler.control_client import find
 from reconciler.diagnoses import Diagnosis, problem, warning
 from reconciler.doctor import (
     DiskFacts,
@@ -315,8 +315,7 @@ def _daemon(patient: Patient) -> Diagnosis:
     found = find(patient.sessions_dir)
     if found.stream:
         found.stream.close()
-    hangs = found.reason == silent(holder)
-    return judge_daemon(holder, _runs(holder), _service_facts().pid, silent=hangs)
+    return judge_daemon(holder, _runs(holder), _service_facts().pid, silent=found.silent)
 
 
 def _runs(pid: int) -> str:

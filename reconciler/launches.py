@@ -199,12 +199,6 @@ def written(folder: Folder, sid: str, launch: Launch) -> Iterator[int]:
             raise
 
 
-def write(folder: Folder, sid: str, launch: Launch) -> None:
-    """The same, without syncing it."""
-    with written(folder, sid, launch):
-        pass
-
-
 def forget(folder: Folder, sid: str) -> bool:
     """Remove a session's launch note: from here on nobody starts the session again.
 

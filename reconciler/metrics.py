@@ -123,7 +123,6 @@ class Metrics(DeliveryMetrics):
             "Looks at the whole folder: at start, at lost events, and at every resync.",
             registry=self.registry,
         )
-
         self._logs_swept = Counter(
             "pi_reconciler_logs_swept",
             "Logs of ended sessions removed or cut to stay within the budget, by reason.",

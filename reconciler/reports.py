@@ -94,7 +94,6 @@ class Reporter:
         self._log = log
         self._metrics = metrics
         self._looks = 0
-        self._grown: frozenset[str] = frozenset()
         self._sweep_failures: frozenset[str] = frozenset()
         self._planned: tuple[Swept, ...] = ()
 
@@ -167,11 +166,9 @@ class Reporter:
                 )
         self._planned = () if acting else report.swept
         for log in report.grown:
-            if log.name not in self._grown:
-                self._log.warning(
-                    "logs.grown", sid=log.sid, reason=_GROWN, log=log.name, bytes=log.file.size
-                )
-        self._grown = frozenset(log.name for log in report.grown)
+            self._log.warning(
+                "logs.grown", sid=log.sid, reason=_GROWN, log=log.name, bytes=log.file.size
+            )
         for failure in report.failures:
             if failure not in self._sweep_failures:
                 self._log.warning("logs.sweep_failed", reason=failure)

@@ -77,7 +77,6 @@ class Sink:
         self.terminal = terminal
         self._stream = stream
         self._dropped = 0
-        self._target = target
         self._writer = _Writer(target) if target is not None else None
         _SINKS.add(self)
 

@@ -33,6 +33,7 @@ T = TypeVar("T")
 _LOGS = frozenset({Role.KEEPER_LOG, Role.LAUNCH_LOG})
 _BLOCK = 1024 * 1024
 _NEVER = threading.Event()
+_LASTS = 2
 _WORK, _REST = 0.0005, 0.001
 # Seconds of work after which the interpreter is left to the event loop, and for how long.
 
@@ -54,7 +55,8 @@ class Report:
 
     swept: tuple[Swept, ...]
     grown: tuple[Log, ...]
-    """Logs of living sessions that are longer than one log may be, as they were before, too."""
+    """Logs of living sessions that are longer than one log may be, and were the last time: each
+    once, as long as it stays so."""
     kept: int
     """Bytes of all session logs afterwards."""
     failures: tuple[str, ...] = ()
@@ -74,7 +76,7 @@ class LogSweeper:
     def __init__(self, budget: LogBudget) -> None:
         self.budget = budget
         self._started = time.time(), _elapsed()
-        self._grown: frozenset[str] = frozenset()
+        self._grown: dict[str, int] = {}  # in how many sweeps in a row a log was too long
 
     async def beside(self, folder: Folder, living: Collection[str], *, act: bool) -> Report:
         """Sweep in a thread, by a descriptor of its own. Cancelled, it ends its step first.
@@ -136,10 +138,10 @@ class LogSweeper:
         return min(time.time(), wall + _elapsed() - elapsed)
 
     def _lasting(self, logs: Sequence[Log], budget: LogBudget) -> tuple[Log, ...]:
-        """Living logs that are too long now, and were the last time: the first may be cut yet."""
+        """Living logs that are too long for the second time: the first time may end by itself."""
         now = grown(logs, budget)
-        before, self._grown = self._grown, frozenset(log.name for log in now)
-        return tuple(log for log in now if log.name in before)
+        self._grown = {log.name: self._grown.get(log.name, 0) + 1 for log in now}
+        return tuple(log for log in now if self._grown[log.name] == _LASTS)
 
 
 def _gently(work: Iterable[T]) -> Iterator[T]:

@@ -463,6 +463,7 @@ def test_a_daemon_that_hangs_is_not_known_within_a_second(daemon: Daemon) -> Non
         daemon.process.send_signal(signal.SIGCONT)
     assert (answer.state, answer.pid) == (State.NOT_KNOWN, daemon.process.pid)
     assert "does not answer" in answer.reason
+    assert answer.silent
 
 
 def test_a_full_backlog_is_not_known(folder: Path) -> None:

@@ -106,8 +106,9 @@ def test_each_line_is_one_datagram(listener: socket.socket) -> None:
 
 def test_what_is_too_large_for_a_datagram_goes_as_a_sealed_file(listener: socket.socket) -> None:
     sink = to_journal(listener.getsockname())
-    target = sink._target
-    target._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # type: ignore[union-attr] # it is one
+    assert sink._writer is not None
+    target = sink._writer.target
+    target._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # type: ignore[attr-defined]
     log = make_logger(sink)
     log.info("event.name", text="x" * 7000)
     data, descriptors, _, _ = socket.recv_fds(listener, 1 << 20, 1)

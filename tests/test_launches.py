@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import as_nobody, root
+from conftest import as_nobody, note_down, root
 
 from reconciler import launches
 from reconciler.errors import InvalidRequestError
@@ -43,7 +43,7 @@ def look(here: Folder) -> tuple[EntryKind, RestartRecord | None]:
 
 
 def test_what_is_noted_down_can_be_read(here: Folder) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     status = (here.path / NAME).stat()
     assert stat.S_IMODE(status.st_mode) == 0o600
     with opened(here, "s") as note:
@@ -54,7 +54,7 @@ def test_what_is_noted_down_can_be_read(here: Folder) -> None:
 
 
 def test_what_has_come_of_it_is_kept_in_place(here: Folder) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     longer = RestartRecord("on-failure", restarts=(1.25, 2.5, 3.75))
     for record, failed in ((longer, True), (replace(longer, restarts=(), given_up=True), False)):
         with opened(here, "s", to_write=True) as note:
@@ -65,21 +65,21 @@ def test_what_has_come_of_it_is_kept_in_place(here: Folder) -> None:
 
 
 def test_a_note_that_was_removed_stays_removed(here: Folder) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     with opened(here, "s", to_write=True) as note:
         assert note.stands()
         assert launches.forget(here, "s")
         assert not note.stands()
         note.write(RestartRecord("on-failure", restarts=(1.0,)))
         assert os.listdir(here.path) == []
-        launches.write(here, "s", LAUNCH)
+        note_down(here, "s", LAUNCH)
         assert not note.stands(), "it is another one"
     assert not launches.forget_judged(here, "s", note.file)
     assert look(here) == (EntryKind.NOTE, RestartRecord("on-failure", ending=Ending.KILLED))
 
 
 def test_the_restarts_of_an_earlier_boot_do_not_count(here: Folder) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     with opened(here, "s", to_write=True) as note:
         note.write(RestartRecord("on-failure", restarts=(1.0,), given_up=True))
     path = here.path / NAME
@@ -100,7 +100,7 @@ def test_the_restarts_of_an_earlier_boot_do_not_count(here: Folder) -> None:
     ],
 )
 def test_a_torn_second_line_is_as_one_of_an_earlier_boot(here: Folder, tail: str) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     path = here.path / NAME
     head = path.read_text().splitlines()[0]
     path.write_text(f"{head}\n{tail.replace('BOOT', boot_id())}")
@@ -109,7 +109,7 @@ def test_a_torn_second_line_is_as_one_of_an_earlier_boot(here: Folder, tail: str
 
 
 def test_who_counts_as_failed_is_not_asked_how_it_ended(here: Folder) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     with opened(here, "s", to_write=True) as note:
         note.write(note.record, failed=True)
     assert look(here)[1] == RestartRecord("on-failure", ending=Ending.FAILED)
@@ -210,21 +210,21 @@ def test_links_are_not_removed(here: Folder) -> None:
 
 
 def test_there_is_one_note_for_a_session(here: Folder) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     with pytest.raises(FileExistsError):
-        launches.write(here, "s", replace(LAUNCH, policy="always"))
+        note_down(here, "s", replace(LAUNCH, policy="always"))
     with opened(here, "s") as note:
         assert note.launch == LAUNCH
 
 
 def test_nothing_is_left_of_a_note_that_cannot_be_written(here: Folder) -> None:
     with no_file_over(100), pytest.raises(OSError, match="File too large"):
-        launches.write(here, "s", LAUNCH)
+        note_down(here, "s", LAUNCH)
     assert os.listdir(here.path) == []
 
 
 def test_an_attempt_that_cannot_be_noted_down_is_an_error(here: Folder) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     with opened(here, "s", to_write=True) as note:
         longer = RestartRecord("on-failure", restarts=(1.0,) * 10)
         with no_file_over(note.file.size), pytest.raises(OSError, match="No space left"):
@@ -243,7 +243,7 @@ def no_file_over(size: int) -> Iterator[None]:
 
 
 def test_giving_up_is_noted_in_the_judged_note_alone(here: Folder) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     judged, _ = launches.look(here, "s", 0.0, over=True)
     assert judged.file is not None
     assert launches.give_up(here, "s", judged.file)
@@ -274,7 +274,7 @@ def test_a_launch_shows_no_arguments() -> None:
 def test_a_link_that_comes_between_the_look_and_the_opening_is_not_followed(
     here: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches.write(here, "s", LAUNCH)
+    note_down(here, "s", LAUNCH)
     real = os.stat
 
     def stat_and_swap(*args: Any, **options: Any) -> os.stat_result:  # noqa: ANN401 - os.stat's

@@ -29,6 +29,7 @@ from conftest import (
     alive,
     asynchronous,
     happens,
+    note_down,
     program_environment,
     soon,
     until,
@@ -281,7 +282,7 @@ async def test_a_crash_loop_is_given_up_and_told_once(folder: Path, tmp_path: Pa
 async def test_a_session_that_was_given_up_can_be_stopped(folder: Path) -> None:
     manager = manager_of(folder)
     with Folder(folder) as here:
-        launches.write(here, "s", Launch(policy="always", cwd="/"))
+        note_down(here, "s", Launch(policy="always", cwd="/"))
         with launches.opened(here, "s", to_write=True) as note:
             note.write(replace(note.record, given_up=True))
     async with running(manager) as (reconciler, _):
@@ -746,7 +747,7 @@ async def test_a_note_that_has_changed_since_is_not_obeyed(
     manager: KeeperManager, folder: Path
 ) -> None:
     with Folder(folder) as here:
-        launches.write(here, "s", Launch(policy="always", cwd="/", agent_command=SINK))
+        note_down(here, "s", Launch(policy="always", cwd="/", agent_command=SINK))
     with pytest.raises(NoSuchSessionError, match="another one now"):
         await manager.start_again("s", FileId(1, 2, 3, 4))
     with pytest.raises(NoSuchSessionError, match="was stopped"):
