@@ -33,10 +33,6 @@ class Hints:
         self._heap: list[tuple[float, str]] = []
         self._in_work: dict[str, float | None] = {}
 
-    def __len__(self) -> int:
-        """How many keys wait or are in work."""
-        return len(self._due) + len(self._in_work)
-
     def add(self, key: str, due: float) -> None:
         """Ask for a look at ``key`` when it is ``due``, or earlier if that was asked already."""
         if key in self._in_work:
@@ -61,10 +57,6 @@ class Hints:
         again = self._in_work.pop(key, None)
         if again is not None:
             self.add(key, again)
-
-    def forget(self, key: str) -> None:
-        """Nobody need look at ``key`` any more."""
-        self._due.pop(key, None)
 
     def depth(self, now: float) -> int:
         """How many keys are due or in work; may be asked from any thread."""

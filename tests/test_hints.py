@@ -21,7 +21,7 @@ def test_equal_hints_are_joined() -> None:
     hints = Hints()
     for due in (3.0, 2.0, 5.0, 2.0):
         hints.add("a", due)
-    assert len(hints) == 1
+    assert hints.depth(10.0) == 1
     assert hints.next_due() == 2.0
     assert drain(hints, 10.0) == ["a"]
 
@@ -52,12 +52,12 @@ def test_a_key_in_work_is_not_given_out_again() -> None:
     hints.add("a", 6.0)
     assert hints.take(100.0) is None
     assert hints.next_due() is None
-    assert len(hints) == 1
+    assert hints.depth(10.0) == 1
     hints.release("a")
     assert hints.next_due() == 4.0
     assert hints.take(4.0) == "a"
     hints.release("a")
-    assert len(hints) == 0
+    assert hints.depth(10.0) == 0
 
 
 def test_release_of_a_key_that_is_not_in_work_does_nothing() -> None:
@@ -66,17 +66,6 @@ def test_release_of_a_key_that_is_not_in_work_does_nothing() -> None:
     hints.release("a")
     hints.release("b")
     assert drain(hints, 1.0) == ["a"]
-
-
-def test_a_forgotten_key_does_not_come() -> None:
-    hints = Hints()
-    hints.add("a", 1.0)
-    hints.forget("a")
-    hints.forget("never there")
-    assert hints.next_due() is None
-    assert hints.take(9.0) is None
-    hints.add("a", 2.0)
-    assert hints.take(2.0) == "a"
 
 
 def test_busy_until() -> None:
@@ -137,14 +126,10 @@ class AgainstNaive(RuleBasedStateMachine):
         if asked := self.in_work.pop(key):
             self.waiting[key] = min(asked)
 
-    @rule(key=keys)
-    def forget(self, key: str) -> None:
-        self.hints.forget(key)
-        self.waiting.pop(key, None)
-
     @invariant()
     def same(self) -> None:
-        assert len(self.hints) == len(self.waiting) + len(self.in_work)
+        due = [key for key, at in self.waiting.items() if at <= self.now]
+        assert self.hints.depth(self.now) == len(due) + len(self.in_work)
         assert self.hints.next_due() == min(self.waiting.values(), default=None)
         horizon = self.now + 2.0
         busy = bool(self.in_work) or any(at < horizon for at in self.waiting.values())

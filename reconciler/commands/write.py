@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -86,9 +86,9 @@ def write(
     try:
         if dry_run:
             told = _checked(line, key)
-            delivery = _knock(writer, sid, timeout)
+            delivery = _write_lines(writer, sid, (), timeout)
         elif line == "-":
-            delivery = _write_stdin(writer, sid, timeout)
+            delivery = _write_lines(writer, sid, _progress(_lines()), timeout)
         else:
             delivery = writer.write(sid, line, timeout=timeout, key=key)
     except InvalidMessageError as error:
@@ -126,28 +126,19 @@ def _checked(line: str, key: str | None) -> dict[str, object]:
     return {"dry_run": True, "total": total, "size": size}
 
 
-def _knock(writer: BlockingRpcWriter, sid: str, timeout: float | None) -> ManyDelivery:
-    """Open a connection to the keeper, write nothing, and wait for the receipt for that."""
-    from reconciler.rpc_writer import StreamBrokenError
+def _write_lines(
+    writer: BlockingRpcWriter, sid: str, lines: Iterable[bytes], timeout: float | None
+) -> ManyDelivery:
+    """Write the lines of standard input; a line that is none ends it, after those before it.
 
-    try:
-        with writer.stream(sid, timeout=timeout) as stream:
-            pass
-    except StreamBrokenError as error:
-        return error.delivery
-    if stream.delivery is None:
-        raise AssertionError("a stream that has ended knows its delivery")
-    return stream.delivery
-
-
-def _write_stdin(writer: BlockingRpcWriter, sid: str, timeout: float | None) -> ManyDelivery:
-    """Write the lines of standard input; a line that is none ends it, after those before it."""
+    Without lines a connection is opened, and the keeper gives its receipt for that.
+    """
     from reconciler.rpc_writer import InvalidMessageError, StreamBrokenError
 
     number, refused = 0, ""
     try:
         with writer.stream(sid, timeout=timeout) as stream:
-            for number, line in enumerate(_progress(_lines()), 1):  # noqa: B007 - told below
+            for number, line in enumerate(lines, 1):  # noqa: B007 - told below
                 if not line.strip():
                     continue
                 try:
