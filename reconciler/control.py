@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import os
 import socket
 import stat
@@ -55,8 +54,7 @@ class Tap:
         counts: how often each event was told.
         last: the last action: the event that told it, its fields, and when, in seconds since
             the epoch.
-        listener: called with every line from level ``info`` up, and with those of level
-            ``debug`` if the log takes them.
+        listener: called with every line, whatever level the log takes.
     """
 
     def __init__(self, log: Log) -> None:
@@ -66,13 +64,13 @@ class Tap:
         self._log = log
 
     def is_enabled_for(self, level: int) -> bool:
-        """Whether the log takes lines of this level."""
-        return self._log.is_enabled_for(level)
+        """Whether anybody takes lines of this level."""
+        return self.listener is not None or self._log.is_enabled_for(level)
 
     def debug(self, event: str, **fields: object) -> None:
         """Tell what is for those who look for a defect."""
         self._log.debug(event, **fields)
-        if (listener := self.listener) and self._log.is_enabled_for(logging.DEBUG):
+        if listener := self.listener:
             listener("debug", event, fields)
 
     def info(self, event: str, **fields: object) -> None:

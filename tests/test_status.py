@@ -45,6 +45,13 @@ def next_line(process: subprocess.Popen[bytes]) -> Any:  # noqa: ANN401 - JSON
     return json.loads(process.stdout.readline())
 
 
+def next_of(process: subprocess.Popen[bytes], event: str) -> Any:  # noqa: ANN401 - JSON
+    """The next line of an event; it must come."""
+    while (line := next_line(process))["event"] != event:
+        pass
+    return line
+
+
 def said(process: subprocess.Popen[bytes], words: str) -> str:
     """What a process says on standard error, up to a line with some words; it must come."""
     assert process.stderr is not None
@@ -123,7 +130,8 @@ def test_events_in_a_pipe_are_the_logs_lines_at_once(cli: Cli, daemon: Daemon) -
         told = said(process, "works on")
         assert told == f"pi-reconciler: process {daemon.process.pid} works on {cli.folder}\n"
         stale_pair(cli.folder, "demo")
-        heard = next_line(process)
+        assert next_line(process)["event"] == "session.seen", "which the log does not take"
+        heard = next_of(process, "session.cleaned")
         until(lambda: daemon.of("session.cleaned"))
         (logged,) = daemon.of("session.cleaned")
         assert heard.keys() == logged.keys()
@@ -153,7 +161,7 @@ def test_events_wait_for_a_daemon_and_for_the_next_one(cli: Cli, tmp_path: Path)
             try:
                 said(process, f"process {daemon.process.pid} works on")
                 stale_pair(cli.folder, "demo")
-                assert next_line(process)["event"] == "session.cleaned"
+                assert next_of(process, "session.cleaned")["sid"] == "demo"
             finally:
                 daemon.process.kill()
                 daemon.process.wait()
@@ -220,6 +228,8 @@ def test_an_event_in_one_line_moves_no_cursor() -> None:
     assert line.endswith(
         r"session.unverifiable  demo          process 7 is \x1b[2J\x07vi\u202e: left"
     )
+    seen = event | {"event": "session.seen", "verdict": "ready", "reason": "keeper proven"}
+    assert readable(seen).endswith("session.seen          demo          ready: keeper proven")
     started = {"timestamp": event["timestamp"], "event": "reconciler.started", "dry_run": False}
     assert readable(started).endswith("reconciler.started    -             dry_run=False")
 
@@ -339,7 +349,7 @@ def test_the_screens_of_the_page_are_what_comes_out(
         if last == "works on":
             terminal.shows(last)
             os.kill(keepers[0], signal.SIGKILL)
-            last = "pid_file removed"
+            last = "nothing is there"
         terminal.shows(last)
         wanted = [shape(line, cli.folder) for line in page.splitlines()[1:]]
         until(lambda: shapes(terminal.screen, cli.folder)[-1:] == wanted[-1:], "its last line")

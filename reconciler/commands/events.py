@@ -132,7 +132,8 @@ def readable(event: Mapping[str, Any]) -> str:
     from datetime import datetime
 
     at = datetime.fromisoformat(event["timestamp"]).astimezone().strftime("%H:%M:%S")
-    words = ": ".join(str(event[key]) for key in ("reason", "detail") if event.get(key))
+    keys = ("verdict", "reason") if event["event"] == "session.seen" else ("reason", "detail")
+    words = ": ".join(str(event[key]) for key in keys if event.get(key))
     if not words:
         words = " ".join(f"{key}={event[key]}" for key in event if key not in _HEAD)
     line = f"{at}  {event['event']:<20}  {event.get('sid') or '-':<12}  {words}"
