@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from reconciler import layout
+from reconciler.accounts import Account, Keys
 from reconciler.deliveries import (
     RECEIPTS,
     Attempt,
@@ -40,9 +39,6 @@ from reconciler.waiting import (
     pauses,
 )
 
-_KEYS_IN_MIND = 8192
-# The newest keys of which a writer knows the keeper that they were handed to.
-
 
 class Switches:
     """What `reconciler.testing` switches."""
@@ -64,7 +60,7 @@ class Desk:
         self.lanes = Lanes()
         self.trust = Trust()
         self.peers = Peers()
-        self.keys = _Keys()
+        self.keys = Keys()
 
     def exchange(self, sid: str, messages: Iterable[Message] | None = None) -> Exchange:
         """Check everything that the caller gave, before anything is done."""
@@ -84,28 +80,6 @@ class Desk:
         line = encode(message)
         data = line if key is None else keyed(line, key)
         return Exchange(self, sid, data, 1, key)
-
-
-class _Keys:
-    """Which keeper was handed something of a message with a key: the newest ones.
-
-    Without a lock, which a fork could leave locked.
-    """
-
-    def __init__(self) -> None:
-        self._keepers: dict[tuple[str, str], tuple[int, int]] = {}
-
-    def keeper(self, sid: str, key: str | None) -> tuple[int, int] | None:
-        """The keeper's pid and start, or None: nothing was handed over, as far as is known."""
-        return None if key is None else self._keepers.get((sid, key))
-
-    def handed(self, sid: str, key: str, keeper: tuple[int, int]) -> None:
-        """Remember that this keeper was handed something."""
-        self._keepers.pop((sid, key), None)
-        self._keepers[sid, key] = keeper
-        if len(self._keepers) > _KEYS_IN_MIND:
-            with contextlib.suppress(KeyError, RuntimeError):  # another thread was faster
-                del self._keepers[next(iter(self._keepers))]
 
 
 class Exchange:
@@ -138,12 +112,7 @@ class Exchange:
         self._live = False  # an attempt is on
         self._streams = False  # others wait for what it has sent
         self._sending = False  # a message of a stream is on its way
-        self._size = len(data)
-        self._refused = 0  # messages that never got to the connection
-        self._taken = 0  # messages that the keeper has taken whole ...
-        self._taken_end = 0  # ... and where the last of them ended
-        self._others = count  # whose ends were not looked for yet: most often nobody asks
-        self._known_ends: deque[int] = deque()  # where the others end
+        self._account = Account(data, count)
 
     # For the faces.
 
@@ -238,7 +207,7 @@ class Exchange:
 
     def _all_taken(self) -> bool:
         self._strike_taken()
-        return not self._ends and self._link is not None and self._link.peer.ours
+        return self._account.complete and self._link is not None and self._link.peer.ours
 
     def opening(self, deadline: float) -> Script[None]:
         """Open a stream."""
@@ -261,7 +230,7 @@ class Exchange:
                 yield from self._streams_first(patience)
                 link.check_open()
             except AttemptError:
-                self._refused += 1
+                self._account.refuse()
                 raise
             yield from self._hand_over(link, line, patience)
 
@@ -270,7 +239,8 @@ class Exchange:
         with self.turn() as turn:
             yield from turn.come(deadline)
             link = self._still_open()
-            self._settle((yield from link.finish(Patience(self._desk.policy, deadline))))
+            reason = yield from link.deliver(b"", Patience(self._desk.policy, deadline))
+            self._settle(reason)
 
     def _connected(self, patience: Patience) -> Script[Link]:
         self._link = None
@@ -279,8 +249,17 @@ class Exchange:
         desk = self._desk
         if desk.lanes.streams(self.sid):
             yield from self._streams_first(patience)
-        self._link = yield from connect(desk.folder, self.sid, patience, desk.trust, desk.peers)
-        return self._link
+        gaps = pauses()
+        while True:
+            try:
+                self._link = connect(desk.folder, self.sid, desk.trust, desk.peers)
+            except TransientError as failure:
+                # That there is room in the backlog again raises no event.
+                if failure.reason is not Reason.BACKLOG_FULL or patience.over:
+                    raise
+            else:
+                return self._link
+            yield Wait(Moment.BACKLOG, patience.up_to(next(gaps)))
 
     def _streams_first(self, patience: Patience) -> Script[None]:
         """Wait until what open streams have sent before was taken: that keeps the order."""
@@ -304,14 +283,13 @@ class Exchange:
     def _hand_over(self, link: Link, line: bytes, patience: Patience) -> Script[None]:
         before = link.handed
         self._strike_taken()
-        self._add(line)
+        self._account.add(line)
         self._sending = True
         try:
             yield from link.send(line, patience)
         except GeneratorExit:  # cancelled
             if link.handed == before:
-                self._size -= len(line)
-                self._ends.pop()
+                self._account.withdraw(line)
             else:
                 self._sending = False
                 self.abandon()
@@ -321,25 +299,11 @@ class Exchange:
             if not self._live:
                 link.close()
 
-    # The account.
-
-    @property
-    def _ends(self) -> deque[int]:
-        """Where the messages end that are not known to be taken: each at its line feed."""
-        if self._others:
-            self._others = 0
-            self._known_ends.extend(found.end() for found in re.finditer(b"\n", self._data))
-        return self._known_ends
-
-    def _add(self, line: bytes) -> None:
-        self._size += len(line)
-        self._ends.append(self._size)
+    # The end.
 
     def _strike_taken(self) -> None:
-        taken = 0 if self._link is None else self._link.taken
-        while self._ends and self._ends[0] <= taken:
-            self._taken_end = self._ends.popleft()
-            self._taken += 1
+        if self._link is not None:
+            self._account.strike(self._link.taken)
 
     def _begin_attempt(self) -> None:
         """An attempt is on."""
@@ -376,11 +340,12 @@ class Exchange:
         return self.ended
 
     def _delivery(self, reason: Reason) -> ManyDelivery:
-        total = self._taken + self._others + len(self._known_ends) + self._refused
+        account = self._account
+        total = account.total
         confirmed, unsent, outcome = total, 0, Outcome.DELIVERED
         if reason not in RECEIPTS:
             self._strike_taken()
-            confirmed = self._taken if self._link is not None and self._link.peer.ours else 0
+            confirmed = account.taken if self._link is not None and self._link.peer.ours else 0
             unsent = self._unsent()
             if total and confirmed == total:
                 reason = Reason.TAKEN
@@ -392,20 +357,17 @@ class Exchange:
             reason=reason,
             attempts=tuple(self._attempts),
             elapsed=time.monotonic() - self._began,
-            size=self._size,
+            size=account.size,
             total=total,
             confirmed=confirmed,
             unsent=unsent,
         )
 
     def _unsent(self) -> int:
-        """Messages of which no byte was handed over; one that is being sent may have some."""
-        handed = 0 if self._link is None else self._link.handed
         if self._desk.keys.keeper(self.sid, self._key) is not None:
             return 0
-        starts = (self._taken_end, *self._ends)[:-1]
-        unsent = sum(start >= handed for start in starts)
-        return self._refused + max(0, unsent - self._sending)
+        handed = 0 if self._link is None else self._link.handed
+        return self._account.unsent(handed, sending=self._sending)
 
 
 class Again:

@@ -28,7 +28,6 @@ from reconciler.waiting import (
     TransientError,
     UnconfirmedError,
     Wait,
-    pauses,
 )
 
 _PIECE = 8192
@@ -142,11 +141,27 @@ class Link:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def deliver(self, data: bytes | bytearray, patience: Patience) -> Script[Reason]:
-        """Hand everything to the kernel, say that this was all, and wait for the receipt."""
-        sent = self._send_alone(data) if len(data) <= _PIECE else 0
+        """Hand everything to the kernel, say that this was all, and wait for the receipt.
+
+        Args:
+            data: all there is; of a stream nothing, what it had was sent before.
+            patience: how long to wait without progress.
+        """
+        sent = self._send_alone(data) if 0 < len(data) <= _PIECE else 0
         if sent < len(data):
             yield from self.send(memoryview(data)[sent:], patience)
-        return (yield from self.finish(patience))
+        self.check_open()
+        try:  # noqa: SIM105 - on every write's way, and a context costs it a microsecond
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        patience.renew()
+        while (heard := self.hear()) is _Heard.NOTHING:
+            yield Wait(Moment.RECEIPT, patience.look, self._sock)
+            self._look(patience)
+        if heard is _Heard.RESET:
+            raise self._broken()
+        return self._receipt()
 
     def _send_alone(self, data: bytes | bytearray) -> int:
         """Hand the only piece over, if it goes at once: there is nothing to measure yet."""
@@ -166,7 +181,8 @@ class Link:
             try:
                 count = self._sock.send(all_of_it[at : at + _PIECE])
             except BlockingIOError:
-                yield from self._wait(Moment.SENDING, patience)
+                yield Wait(Moment.SENDING, patience.look, self._sock)
+                self._look(patience)
                 continue
             except OSError:
                 raise self._broken() from None
@@ -176,21 +192,6 @@ class Link:
             if self.handed >= turn_at:
                 turn_at = self.handed + _TURN
                 yield Wait(Moment.SENDING, 0)
-
-    def finish(self, patience: Patience) -> Script[Reason]:
-        """Say that this was all, and wait for the receipt."""
-        if self.hear() is not _Heard.NOTHING:
-            raise self._broken()
-        try:  # noqa: SIM105 - on every write's way, and a context costs it a microsecond
-            self._sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-        patience.renew()
-        while (heard := self.hear()) is _Heard.NOTHING:
-            yield from self._wait(Moment.RECEIPT, patience)
-        if heard is _Heard.RESET:
-            raise self._broken()
-        return self._receipt()
 
     def _receipt(self) -> Reason:
         """Believe the end of the stream, or not.
@@ -204,12 +205,14 @@ class Link:
             return Reason.HANDED_ON
         raise UnconfirmedError(Reason.KEEPER_DIED)
 
-    def _wait(self, moment: Moment, patience: Patience) -> Script[None]:
+    def _look(self, patience: Patience) -> None:
+        """See what came of a wait. Without any progress it may have been the last one."""
+        if self.hear() is not _Heard.NOTHING:
+            return
+        if self.progressed():
+            patience.renew()
         if patience.over:
             raise self._failure(Reason.TIMED_OUT_AFTER if self.handed else Reason.TIMED_OUT_BEFORE)
-        yield Wait(moment, patience.look, sock=self._sock)
-        if self.hear() is _Heard.NOTHING and self.progressed():
-            patience.renew()
 
     def hear(self) -> _Heard:
         """Whether the keeper has closed. What it says, which is nothing, is dropped."""
@@ -274,8 +277,8 @@ def _queued(sock: socket.socket) -> int:
 # -- Connecting: nobody but this session's keeper -----------------------------------------
 
 
-def connect(folder: Path, sid: str, patience: Patience, trust: Trust, peers: Peers) -> Script[Link]:
-    """Connect to the session's keeper, and to nobody else."""
+def connect(folder: Path, sid: str, trust: Trust, peers: Peers) -> Link:
+    """Connect to the session's keeper, and to nobody else. It is tried once, and never waits."""
     try:
         inside = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -283,7 +286,7 @@ def connect(folder: Path, sid: str, patience: Patience, trust: Trust, peers: Pee
                 raise FinalError(Reason.UNTRUSTED_FOLDER)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
-                yield from _reached(sock, inside, sid, patience)
+                _reach(sock, inside, sid)
                 return Link(sock, peers.checked(sock, inside, sid))
             except BaseException:
                 sock.close()
@@ -294,14 +297,12 @@ def connect(folder: Path, sid: str, patience: Patience, trust: Trust, peers: Pee
         raise _failure_of(error) from None
 
 
-def _reached(sock: socket.socket, inside: int, sid: str, patience: Patience) -> Script[None]:
+def _reach(sock: socket.socket, inside: int, sid: str) -> None:
     """Connect to the socket that stands in the folder now."""
     pinned = os.open(sid + _SOCKET, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
     try:
         _check_socket(pinned)
-        address = f"/proc/self/fd/{pinned}"
-        if sock.connect_ex(address):
-            yield from _accepted(sock, address, patience)
+        sock.connect(f"/proc/self/fd/{pinned}")
     finally:
         os.close(pinned)
 
@@ -313,19 +314,6 @@ def _check_socket(descriptor: int) -> None:
         raise FinalError(Reason.NOT_A_SOCKET)
     if status.st_uid != os.geteuid():
         raise FinalError(Reason.WRONG_USER)
-
-
-def _accepted(sock: socket.socket, address: str, patience: Patience) -> Script[None]:
-    """Connect. A full backlog is waited for: it has no event, so it is tried again."""
-    for pause in pauses():
-        try:
-            sock.connect(address)
-        except BlockingIOError:
-            if patience.over:
-                raise
-            yield Wait(Moment.BACKLOG, patience.up_to(pause))
-        else:
-            return
 
 
 def _failure_of(error: OSError) -> AttemptError:

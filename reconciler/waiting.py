@@ -7,7 +7,6 @@ do not share.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import math
 import select
@@ -147,16 +146,16 @@ def run_blocking(make: Callable[..., Script[T]], *arguments: object) -> T:
 
 
 def _wait_blocking(wait: Wait) -> None:
-    if wait.turn is not None:
-        came = threading.Event()
-        if not wait.turn.granted_or(came.set):
-            came.wait(min(wait.seconds, threading.TIMEOUT_MAX))
-    elif wait.sock is None:
-        time.sleep(wait.seconds)
-    else:
+    if wait.sock is not None:
         poll = select.poll()
         poll.register(wait.sock, select.POLLOUT if wait.moment is Moment.SENDING else select.POLLIN)
         poll.poll(wait.seconds * 1000)
+    elif wait.turn is not None:
+        came = threading.Event()
+        if not wait.turn.granted_or(came.set):
+            came.wait(min(wait.seconds, threading.TIMEOUT_MAX))
+    else:
+        time.sleep(wait.seconds)
 
 
 async def run_async(make: Callable[..., Script[T]], *arguments: object) -> T:
@@ -183,31 +182,27 @@ async def _wait_async(wait: Wait) -> None:
         wake = partial(loop.call_soon_threadsafe, _resolve, ready)
         if wait.turn.granted_or(wake):
             return
-    with _watched(loop, wait, ready):
-        await ready
-
-
-@contextlib.contextmanager
-def _watched(
-    loop: asyncio.AbstractEventLoop, wait: Wait, ready: asyncio.Future[None]
-) -> Iterator[None]:
-    """Resolve the future when the socket is ready or the time is over."""
     timer = None if wait.seconds == math.inf else loop.call_later(wait.seconds, _resolve, ready)
-    remove: Callable[[int], bool] | None = None
-    descriptor = -1 if wait.sock is None else wait.sock.fileno()
-    if wait.sock is not None and wait.moment is Moment.SENDING:
-        loop.add_writer(descriptor, _resolve, ready)
-        remove = loop.remove_writer
-    elif wait.sock is not None:
-        loop.add_reader(descriptor, _resolve, ready)
-        remove = loop.remove_reader
     try:
-        yield
+        if wait.sock is None:
+            await ready
+        else:
+            await _readiness(loop, wait.sock.fileno(), wait.moment, ready)
     finally:
         if timer is not None:
             timer.cancel()
-        if remove is not None:
-            remove(descriptor)
+
+
+async def _readiness(
+    loop: asyncio.AbstractEventLoop, descriptor: int, moment: Moment, ready: asyncio.Future[None]
+) -> None:
+    """Resolve the future when the socket is ready, too."""
+    sending = moment is Moment.SENDING
+    (loop.add_writer if sending else loop.add_reader)(descriptor, _resolve, ready)
+    try:
+        await ready
+    finally:
+        (loop.remove_writer if sending else loop.remove_reader)(descriptor)
 
 
 def _resolve(ready: asyncio.Future[None]) -> None:

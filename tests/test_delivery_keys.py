@@ -32,7 +32,7 @@ from delivery_scene import scene as scene  # noqa: PLC0414
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reconciler import exchanges, layout, link
+from reconciler import accounts, exchanges, layout, link
 from reconciler.peers import Peers
 from reconciler.rpc_writer import (
     BlockingRpcWriter,
@@ -46,7 +46,6 @@ from reconciler.rpc_writer import (
 )
 from reconciler.testing import Behaviour, FakeKeeper
 from reconciler.trust import Trust
-from reconciler.waiting import Patience, Script
 
 D, N, U = Outcome.DELIVERED, Outcome.NOT_DELIVERED, Outcome.UNCONFIRMED
 SMALL: Message = {"type": "prompt", "message": "small"}
@@ -114,12 +113,10 @@ def before_connection(
     """Do something right before the writer's connection of that number."""
     connect, count = link.connect, itertools.count(1)
 
-    def connecting(
-        folder: Path, sid: str, patience: Patience, trust: Trust, peers: Peers
-    ) -> Script[link.Link]:
+    def connecting(folder: Path, sid: str, trust: Trust, peers: Peers) -> link.Link:
         if next(count) == number:
             act()
-        return connect(folder, sid, patience, trust, peers)
+        return connect(folder, sid, trust, peers)
 
     monkeypatch.setattr(exchanges, "connect", connecting)
 
@@ -236,14 +233,14 @@ def test_a_keeper_that_died_between_two_attempts(
 
 
 def test_only_the_newest_keys_are_kept_in_mind() -> None:
-    keys = exchanges._Keys()
-    for number in range(exchanges._KEYS_IN_MIND + 1):
+    keys = accounts.Keys()
+    for number in range(accounts._KEYS_IN_MIND + 1):
         keys.handed(SID, f"{number}", (1, number))
         keys.handed(SID, "1", (2, 2))
     assert keys.keeper(SID, "0") is None
     assert keys.keeper(SID, "1") == (2, 2)
     assert keys.keeper("other", "1") is None
-    assert len(keys._keepers) == exchanges._KEYS_IN_MIND
+    assert len(keys._keepers) == accounts._KEYS_IN_MIND
 
 
 def test_a_cancelled_write_is_kept_in_mind(scene: Scene) -> None:

@@ -195,6 +195,7 @@ WRITER = (
     "peers",
     "waiting",
     "messages",
+    "accounts",
     "deliveries",
     "trust",
 )
