@@ -41,7 +41,14 @@ from reconciler.reports import Log, Reporter
 from reconciler.served import Holder
 from reconciler.sessions import Session, SessionTable
 from reconciler.state import Desired
-from reconciler.stopping import StoppedSession, end_leftovers, note_wish, outlast, processes_of
+from reconciler.stopping import (
+    StoppedSession,
+    end_leftovers,
+    keep_no_longer,
+    note_wish,
+    outlast,
+    processes_of,
+)
 from reconciler.sweep import LogSweeper
 from reconciler.watcher import SessionsWatcher
 from reconciler.workqueue import LongWork, WorkQueue
@@ -240,6 +247,8 @@ class Reconciler:
         if before is Desired.ABSENT:  # another stop is under way: its wish is none to go back to
             before = Desired.AS_FOUND
         await self._end(sid, before)
+        if (served := self._holder.served) is not None:
+            keep_no_longer(served.folder, sid, over=True)
         await outlast(processes_of(seen), self.manager.ladder)
         self._queue.add(LOOK_FOR_LEFTOVERS, time.monotonic() + LEFTOVER_PAUSE)
         left = 0

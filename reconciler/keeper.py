@@ -376,6 +376,7 @@ class KeeperManager:
             note_wish(folder, sid, leave=leave)
             keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
             await end_session(seen, probe, self.policy, self.ladder)
+            keep_no_longer(folder, sid, over=True)
             left = 0 if leave else await end_leftovers(sid, probe, self.ladder)
         return StoppedSession(sid, keeper.pid if keeper else None, time.monotonic() - begun, left)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
 
 from reconciler.endings import ending_of
-from reconciler.errors import InvalidRequestError
+from reconciler.errors import InvalidRequestError, ReconcilerError
 from reconciler.facts import boot_id
 from reconciler.folder import Folder, file_id
 from reconciler.layout import Role, file_name
@@ -184,7 +184,8 @@ def written(folder: Folder, sid: str, launch: Launch) -> Iterator[int]:
     long, so it is not done here.
 
     Raises:
-        OSError: it cannot be written, or another note stands there. Nothing is left of it.
+        OSError: it cannot be written, or another note stands there. Nothing is left of it, nor
+            if a `ReconcilerError` is raised meanwhile.
     """
     flags = _OPEN | os.O_WRONLY | os.O_CREAT | os.O_EXCL
     name = file_name(Role.LAUNCH, sid)
@@ -194,8 +195,8 @@ def written(folder: Folder, sid: str, launch: Launch) -> Iterator[int]:
             note.write(text)
             note.flush()
             yield note.fileno()
-        except OSError:
-            os.unlink(name, dir_fd=folder.fd)
+        except (OSError, ReconcilerError):
+            forget(folder, sid)
             raise
 
 
@@ -230,6 +231,19 @@ def forget_judged(folder: Folder, sid: str, judged: FileId) -> bool:
             return False
         forget(folder, sid)
         return True
+
+
+def forget_over(folder: Folder, sid: str) -> bool:
+    """Remove the note of a session that is over; a new one of the name has the lock.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    with birth_lock(folder, sid) as free:
+        return free and forget(folder, sid)
 
 
 def give_up(folder: Folder, sid: str, judged: FileId) -> bool:

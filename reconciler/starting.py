@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from reconciler.leftovers import forget_wish
 from reconciler.observations import FileId, KeeperState, Observation
 from reconciler.plans import Plan, StopAgent, Verdict
 from reconciler.probe import Probe
+from reconciler.processes import is_over
 from reconciler.requests import OUR_KEEPER, KeeperRequest, check, environment_to_restart
 from reconciler.restarts import RestartLimits, RestartRecord, recent
 from reconciler.spawning import Started, start
@@ -44,9 +45,8 @@ from reconciler.stopping import (
     processes_of,
 )
 
-_GOES = 2.0
-# Seconds that a keeper of another make which is being started again may take until it is up, and
-# was ended since it is not to be. One of ours waits for the lock as long by itself.
+_PAUSE = 0.05
+# Seconds between two looks at whether a session that is just being started again is up.
 
 
 class Starter:
@@ -68,28 +68,37 @@ class Starter:
 
     async def start(self, request: KeeperRequest) -> Started:
         """Start a session for the first time; see `KeeperManager.spawn`."""
-        await self._make_free(request.sid)
-        kept = keep_no_longer(self._folder, request.sid)  # the one before is not started again
-        started = await (self._start_instead(request) if kept else start(request, self._probe))
-        forget_wish(self._folder, request.sid)  # it was about the session before
+        sid = request.sid
+        async with self._restarts_held_off(request):
+            await self._make_free(sid)
+            keep_no_longer(self._folder, sid)  # the one before is not started again
+        started = await start(request, self._probe)
+        forget_wish(self._folder, sid)  # it was about the session before
         if request.restart != "never":
             await self._note_launch(request, started)
         return started
 
-    async def _start_instead(self, request: KeeperRequest) -> Started:
-        """Start a session whose name may be just being started again, as noted down before.
+    @contextlib.asynccontextmanager
+    async def _restarts_held_off(self, request: KeeperRequest) -> AsyncIterator[None]:
+        """Have nobody start the session before again.
 
-        That one ends by itself, now that its note is gone.
+        Who is just doing so comes to its end first. Its keeper then has the name, and keeps its
+        policy; else it might have looked for that the last time before it is taken away here.
         """
-        deadline = time.monotonic() + _GOES
-        while True:
-            try:
-                await self._make_free(request.sid)
-                return await start(request, self._probe)
-            except AlreadyRunningError:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(_GOES / 40)
+        deadline = time.monotonic() + request.timeout
+        with contextlib.ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(noted(self._folder, request.sid, to_write=True))
+                except NotKeptError:
+                    break
+                except AlreadyRunningError:
+                    if time.monotonic() > deadline:
+                        raise
+                    await asyncio.sleep(_PAUSE)
+                else:
+                    break
+            yield
 
     async def _note_launch(self, request: KeeperRequest, started: Started) -> None:
         """Note down how to start a session again; if that cannot be done it is ended."""
@@ -97,6 +106,8 @@ class Starter:
         try:
             with launches.written(self._folder, sid, launch_of(request)) as note:
                 await asyncio.to_thread(os.fsync, note)
+                if is_over(started.process):  # who stops it may have looked for the note before
+                    raise NoSuchSessionError(f"session {sid} was ended while it was started")
         except OSError as error:
             await self._take_back(sid, started)
             raise FolderError(

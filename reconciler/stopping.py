@@ -39,8 +39,14 @@ class StoppedSession:
     """Processes that it had started besides its agent, and that were ended with it."""
 
 
-def keep_no_longer(folder: Folder, sid: str) -> bool:
+def keep_no_longer(folder: Folder, sid: str, *, over: bool = False) -> bool:
     """From here on the reconciler does not start the session again.
+
+    Args:
+        folder: the sessions folder.
+        sid: the session's id.
+        over: it was ended meanwhile. Who has spawned it may have noted its policy down just
+            before that; a new session of its name is left alone.
 
     Returns:
         Whether the session had a restart policy.
@@ -49,7 +55,7 @@ def keep_no_longer(folder: Folder, sid: str) -> bool:
         FolderError: the folder cannot be written to. Nothing was done.
     """
     try:
-        return launches.forget(folder, sid)
+        return (launches.forget_over if over else launches.forget)(folder, sid)
     except OSError as error:
         raise FolderError(
             f"sessions folder {str(folder.path)!r} cannot be written to, to end the "

@@ -171,18 +171,20 @@ def between(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Awaitable[object]
 
 
 @asynchronous
-async def test_who_spawns_one_of_its_name_meanwhile_keeps_it(
+async def test_who_spawns_one_of_its_name_meanwhile_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager, other = manager_of(folder), manager_of(folder)
     await manager.spawn("s", agent_command=SINK, restart="always")
-    between(monkeypatch, lambda: other.spawn("s", agent_command=HUNG, restart="on-failure"))
-    with pytest.raises(AlreadyRunningError):
-        await manager.restart("s")
-    agent = manager.inspect("s").seen.agent.process
-    assert agent is not None
-    assert SYSTEM.arguments(agent.pid) == HUNG
-    assert noted(folder).launch.policy == "on-failure"
+
+    async def spawn() -> None:
+        with pytest.raises(AlreadyRunningError, match="is just being started again"):
+            await other.spawn("s", agent_command=HUNG, restart="on-failure", timeout=0.1)
+
+    between(monkeypatch, spawn)
+    restarted = await manager.restart("s")
+    assert SYSTEM.arguments(restarted.agent_pid or 0) not in {HUNG, None}
+    assert noted(folder).launch.policy == "always"
 
 
 @asynchronous

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import random
@@ -17,6 +16,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import (
@@ -49,6 +49,7 @@ from reconciler.errors import (
 from reconciler.facts import boot_id
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager, SpawnedKeeper
+from reconciler.ladder import Ladder
 from reconciler.launches import Launch
 from reconciler.layout import FOLDER_MARKER, folder_mark
 from reconciler.observations import FileId
@@ -74,10 +75,18 @@ V = Verdict
 
 
 def manager_of(
-    folder: Path, limits: RestartLimits = SOON, command: tuple[str, ...] = OUR_KEEPER
+    folder: Path,
+    limits: RestartLimits = SOON,
+    command: tuple[str, ...] = OUR_KEEPER,
+    ladder: Ladder | None = None,
 ) -> KeeperManager:
-    policy = Policy(settle=0.3, orphan_grace=0.1)
-    return KeeperManager(folder, policy=policy, restart_limits=limits, keeper_command=command)
+    return KeeperManager(
+        folder,
+        policy=Policy(settle=0.3, orphan_grace=0.1),
+        restart_limits=limits,
+        keeper_command=command,
+        ladder=ladder,
+    )
 
 
 @contextlib.asynccontextmanager
@@ -537,32 +546,122 @@ async def test_a_new_session_of_the_name_ends_the_restarts_of_the_old_one(folder
         assert not note_of(folder).exists()
 
 
+@pytest.mark.parametrize("node", [False, True], ids=["ours", "other"])
 @asynchronous
-async def test_a_new_session_of_the_name_waits_for_one_that_is_just_being_started_again(
+async def test_a_session_that_is_just_being_started_again_has_its_name_and_keeps_its_policy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, node: bool
+) -> None:
+    manager = manager_of(folder, command=NODE if node else OUR_KEEPER)
+    old = await manager.spawn("s", agent_command=SINK, restart="always")
+    tried, begun, go = asyncio.Event(), threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    really_held, here = starting.noted, threading.get_ident()
+
+    async def start(request: KeeperRequest, probe: Probe) -> Started:  # in a thread of its own
+        begun.set()
+        go.wait(WAIT)
+        return await really_start(request, probe)
+
+    def held(*given: object, **more: object) -> object:
+        if threading.get_ident() == here:
+            loop.call_soon(tried.set)
+        return really_held(*given, **more)  # type: ignore[arg-type]
+
+    async with running(manager) as (reconciler, told):
+        monkeypatch.setattr(starting, "start", start)
+        await keeper_is_killed(old, manager)
+        await happens(begun.is_set, "it is being started again")
+        monkeypatch.setattr(starting, "noted", held)
+        monkeypatch.setattr(starting, "start", really_start)
+        spawn = asyncio.create_task(manager.spawn("s", agent_command=SINK))
+        await asyncio.wait_for(tried.wait(), WAIT)
+        go.set()
+        with pytest.raises(AlreadyRunningError, match="is running already, its keeper is"):
+            await spawn
+        await soon(reconciler.wait_for("s", is_in(V.READY)))
+        await happens(lambda: told.of("session.restarted", "s"))
+        assert note_of(folder).exists()
+
+
+@asynchronous
+async def test_nobody_starts_a_session_again_whose_name_is_just_being_used_anew(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another make's keepers are started one at a time; that one goes, for its note is gone."""
-    manager = manager_of(folder, command=NODE)
+    """It would be looked for before it is there, and lose its policy when it is."""
+    manager = manager_of(folder)
     old = await manager.spawn("s", agent_command=SINK, restart="always")
     await keeper_is_killed(old, manager)
     await happens(lambda: not alive(old.keeper_pid))
-    turn = os.open(folder / "keeper-launch-s.log", os.O_RDONLY)
-    fcntl.flock(turn, fcntl.LOCK_EX)
-    refused: list[str] = []
+    with Folder(folder) as here:
+        judged, _ = launches.look(here, "s", 0.0, over=True)
+    make_free, again = starting.Starter._make_free, []
 
-    async def start(request: KeeperRequest, probe: Probe) -> Started:
-        try:
-            return await really_start(request, probe)
-        except AlreadyRunningError as error:
-            fcntl.flock(turn, fcntl.LOCK_UN)
-            refused.append(str(error))
-            raise
+    async def looked(self: starting.Starter, sid: str) -> None:
+        await make_free(self, sid)
+        monkeypatch.undo()
+        assert judged.file is not None
+        with pytest.raises(AlreadyRunningError, match="is just being started again"):
+            again.append(await manager.start_again(sid, judged.file))
 
-    monkeypatch.setattr(starting, "start", start)
-    spawned = await manager.spawn("s", agent_command=SINK)
-    os.close(turn)
-    assert refused == ["session s is just being started"]
-    assert alive(spawned.keeper_pid)
+    monkeypatch.setattr(starting.Starter, "_make_free", looked)
+    new = await manager.spawn("s", agent_command=SINK, restart="on-failure")
+    assert again == []
+    assert alive(new.keeper_pid)
+    assert '"on-failure"' in note_of(folder).read_text()
+
+
+@pytest.mark.parametrize("through", ["manager", "reconciler"])
+@asynchronous
+async def test_a_stop_by_force_in_the_middle_of_a_spawn_is_none_to_be_made_up_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, through: str
+) -> None:
+    """It has looked for the policy before that was noted down, and has to use SIGKILL."""
+    manager = manager_of(folder, ladder=Ladder(term_grace=0.2))
+    note_launch = starting.Starter._note_launch
+    async with running(manager) as (reconciler, told):
+        stops = []
+
+        async def noting(self: starting.Starter, request: KeeperRequest, started: Started) -> None:
+            os.kill(started.process.pid, signal.SIGSTOP)
+            await soon(reconciler.wait_for("s", lambda row: row.keeper_pid is not None))
+            looked = asyncio.Event()
+            forget = launches.forget
+
+            def forgetting(*given: Any) -> bool:  # noqa: ANN401 - as the real one
+                looked.set()
+                return forget(*given)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(launches, "forget", forgetting)
+                stop = reconciler.stop if through == "reconciler" else manager.stop
+                stops.append(asyncio.create_task(stop("s")))
+                await looked.wait()
+            await note_launch(self, request, started)
+
+        monkeypatch.setattr(starting.Starter, "_note_launch", noting)
+        await manager.spawn("s", agent_command=SINK, restart="always")
+        assert note_of(folder).exists()
+        await stops[0]
+        assert not note_of(folder).exists()
+        await soon(reconciler.wait_for("s", is_in(V.ABSENT)))
+        assert told.of("session.restarted") == []
+
+
+@asynchronous
+async def test_a_session_that_was_ended_before_its_policy_was_noted_down_has_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = manager_of(folder)
+    note_launch = starting.Starter._note_launch
+
+    async def noting(self: starting.Starter, request: KeeperRequest, started: Started) -> None:
+        os.kill(started.process.pid, signal.SIGKILL)
+        await happens(lambda: not alive(started.process.pid))
+        await note_launch(self, request, started)
+
+    monkeypatch.setattr(starting.Starter, "_note_launch", noting)
+    with pytest.raises(NoSuchSessionError, match="session s was ended while it was started"):
+        await manager.spawn("s", agent_command=SINK, restart="always")
     assert not note_of(folder).exists()
 
 
@@ -707,8 +806,8 @@ async def test_a_daemon_that_is_killed_as_it_starts_what_was_started_in_an_earli
         with pytest.raises(asyncio.CancelledError):
             await manager.start_again("s", entry.file)
     async with running(manager) as (reconciler, told):
+        await happens(lambda: told.of("session.restarted", "s"))
         row = await soon(reconciler.wait_for("s", is_in(V.READY)))
-        assert told.of("session.restarted", "s")
         os.kill(row.keeper_pid or 0, signal.SIGTERM)  # and that is a stop
         await soon(reconciler.wait_for("s", is_in(V.ABSENT)))
         assert not note.exists()
