@@ -7,6 +7,7 @@ that a client command starts fast.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
@@ -183,6 +184,7 @@ def main() -> NoReturn:
 
     chosen: dict[str, Any] = {}
     try:
+        _check_completion(os.environ)
         sys.exit(cli.main(prog_name="pi-reconciler", standalone_mode=False, obj=chosen))
     except Exception as error:  # noqa: BLE001 - nobody is above it
         if chosen.get("debug"):
@@ -210,6 +212,26 @@ def _in_words(error: click.UsageError) -> str:
     elif words.startswith("Got unexpected extra argument"):
         meant = _ARGUMENTS_ELSEWHERE.get(name)
     return f"{words}, {meant}" if meant else words
+
+
+def _check_completion(environ: Mapping[str, str]) -> None:
+    """Refuse to complete where the shell has not said what; click takes it for granted.
+
+    Raises:
+        UsageError: what is missing.
+    """
+    if not (asked := environ.get("_PI_RECONCILER_COMPLETE", "")) or asked.endswith("_source"):
+        return
+    missing = [name for name in ("COMP_WORDS", "COMP_CWORD") if name not in environ]
+    if not asked.endswith("_complete"):
+        missing = ["such completion"]
+    elif not missing and asked != "fish_complete" and not environ["COMP_CWORD"].isdecimal():
+        missing = ["number in COMP_CWORD"]
+    if missing:
+        raise click.UsageError(
+            f"_PI_RECONCILER_COMPLETE is {asked!r}, and there is no {' and no '.join(missing)}: "
+            "unset it, it is for the Tab key (see pi-reconciler completion --help)"
+        )
 
 
 def _end(error: Exception) -> NoReturn:

@@ -151,3 +151,22 @@ def test_zsh_completes(shell_env: dict[str, str]) -> None:
     assert offered("write", "al") == ["alpha", "alto"]
     assert offered("completion", "") == ["bash", "zsh", "fish"]
     assert set(offered("")) >= set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "no COMP_WORDS and no COMP_CWORD"),
+        ({"COMP_WORDS": "pi-reconciler "}, "no COMP_CWORD"),
+        ({"COMP_WORDS": "pi-reconciler ", "COMP_CWORD": "x"}, "no number in COMP_CWORD"),
+        ({"_PI_RECONCILER_COMPLETE": "1"}, "no such completion"),
+    ],
+)
+def test_without_what_the_tab_key_sets_it_says_what_is_missing(
+    cli: Cli, variables: dict[str, str], words: str
+) -> None:
+    cli.env.update({"_PI_RECONCILER_COMPLETE": "bash_complete", **variables})
+    told = cli.fails(2)
+    assert f"and there is {words}: unset it" in told
+    cli.env["_PI_RECONCILER_COMPLETE"] = "bash_source"
+    assert cli().code == 0
