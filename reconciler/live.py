@@ -23,7 +23,6 @@ _GATHER = 0.05
 # Seconds in which changes come together in one picture.
 
 _STYLES = {"ready": "green", "starting": "cyan", "stopping": "cyan"}
-_COLUMNS = ("SID", "PHASE", "KEEPER", "AGENT", "AGE", "REASON")
 _FRAME = 3
 # Lines of the screen that show no session: the title, the heading, and what is not shown.
 
@@ -103,12 +102,16 @@ def _picture(reconciler: Reconciler, console: Console) -> RenderableType:
     folder = reconciler.manager.sessions_dir
     sids = sorted(reconciler.sessions)
     shown = sids[: max(1, console.height - _FRAME)]
-    table = Table(*_COLUMNS, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    rows = [
+        screens.session_row(reconciler.sessions[sid], folder, time.monotonic()) for sid in shown
+    ]
+    heading, *lines = screens.columns(rows)
+    table = Table(
+        *heading, "REASON", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold"
+    )
     for column in table.columns[1:-1]:
         column.no_wrap = True  # on a narrow screen the id and the reason give way, the wider first
-    for sid in shown:
-        row = screens.session_row(reconciler.sessions[sid], folder, time.monotonic())
-        phase, *others = screens.cells(row)[1:]
+    for row, (sid, phase, *others) in zip(rows, lines, strict=True):
         style = _STYLES.get(row["phase"], "yellow")
         reason = Text(row["reason"], "dim", no_wrap=True, overflow="ellipsis")
         name = Text(sid, no_wrap=True, overflow="ellipsis")

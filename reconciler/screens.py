@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,17 @@ def session_row(session: Session, folder: Path, now: float | None = None) -> dic
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Rows as `ls` shows them, under a heading; restarts where a session has a policy."""
-    rows = list(rows)
-    lines = [("SID", "PHASE", "KEEPER", "AGENT", "AGE"), *map(cells, rows)]
+    """Rows as `ls` shows them, under a heading."""
+    return aligned(columns(list(rows)))
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The heading, and what stands below it; restarts where a session has a policy."""
+    lines: list[tuple[str, ...]] = [("SID", "PHASE", "KEEPER", "AGENT", "AGE"), *map(_cells, rows)]
     kept = ["RESTART", *map(_kept, rows)]
     if any(kept[1:]):
-        return aligned([(*line, each) for line, each in zip(lines, kept, strict=True)])
-    return aligned(lines)
+        return [(*line, each) for line, each in zip(lines, kept, strict=True)]
+    return lines
 
 
 def _kept(row: Mapping[str, Any]) -> str:
@@ -78,7 +82,7 @@ def _kept(row: Mapping[str, Any]) -> str:
     return f"{row['restart']} ({row['restarts']})" if row["restarts"] else str(row["restart"])
 
 
-def cells(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+def _cells(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     """What stands in the columns for one row."""
     left = f" ({len(row['leftovers'])})" if row["phase"] == LEFTOVERS else ""
     return (

@@ -407,6 +407,24 @@ def test_a_watched_list_on_a_terminal_follows_fits_and_leaves_no_trace(
     terminal.shows("code 130")
 
 
+def test_a_watched_list_shows_restarts_where_a_session_has_a_policy(
+    cli: Cli, terminal: Terminal
+) -> None:
+    def heading() -> list[str]:
+        return next((line.split() for line in terminal.screen.splitlines() if "SID" in line), [])
+
+    cli.spawn("demo")
+    terminal.type("pi-reconciler ls --watch")
+    terminal.shows("demo")
+    assert heading() == ["SID", "PHASE", "KEEPER", "AGENT", "AGE", "REASON"]
+    assert cli("spawn", "kept", "--restart", "always", "--", "cat").code == 0
+    until(lambda: heading() == ["SID", "PHASE", "KEEPER", "AGENT", "AGE", "RESTART", "REASON"])
+    row = r"^kept +ready +\d+ +\d+ +\d+s +always +keeper proven$"
+    until(lambda: re.search(row, terminal.screen, re.MULTILINE))
+    cli("stop", "kept")
+    until(lambda: heading()[-2:] == ["AGE", "REASON"])
+
+
 def test_lines_that_are_typed_are_not_written_over(
     cli: Cli, terminal: Terminal, tmp_path: Path
 ) -> None:
