@@ -20,7 +20,8 @@ from typing import Protocol, TypeVar
 
 import pytest
 
-from reconciler import layout, waiting
+from reconciler import exchanges, layout, link, waiting
+from reconciler.peers import Peers
 from reconciler.rpc_writer import (
     BlockingRpcWriter,
     Delivery,
@@ -30,6 +31,7 @@ from reconciler.rpc_writer import (
     WritePolicy,
 )
 from reconciler.testing import Behaviour, FakeKeeper
+from reconciler.trust import Trust
 from reconciler.waiting import Moment, Wait
 
 KEEPERS = Path(__file__).with_name("keepers")
@@ -155,7 +157,7 @@ class Scene:
     folder: Path
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     keepers: list[Keeper] = field(default_factory=list)
-    on_wait: dict[Moment, Callable[[], None]] = field(default_factory=dict)
+    on_wait: dict[Moment, Callable[[], object]] = field(default_factory=dict)
     every_wait: Callable[[], None] | None = None
     waits_on: socket.socket | None = None
     faked: bool = False
@@ -174,7 +176,7 @@ class Scene:
     def path(self, role: layout.Role) -> Path:
         return self.folder / layout.file_name(role, SID)
 
-    def at(self, moment: Moment, act: Callable[[], None]) -> None:
+    def at(self, moment: Moment, act: Callable[[], object]) -> None:
         """Do something once, when the writer is about to wait there."""
         self.on_wait[moment] = act
 
@@ -216,8 +218,11 @@ def scene(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
         yield scene
 
 
-def named_as_ours(size: int, then: str) -> Callable[[Scene], object]:
-    """Reads ``size`` bytes, and the end. Only its name says that the agent has got them."""
+def named_as_ours(size: int, *, dies: bool) -> Callable[[Scene], object]:
+    """Reads ``size`` bytes, and the end, and then dies or is stuck before it is waited for.
+
+    Only its name says that the agent has got them.
+    """
 
     def arrange(scene: Scene) -> None:
         program = scene.folder / layout.KEEPER_PROGRAM.name
@@ -230,7 +235,8 @@ def named_as_ours(size: int, then: str) -> Callable[[Scene], object]:
             "client, _ = listener.accept()\n"
             f"client.recv({size}, socket.MSG_WAITALL)\n"
             "client.recv(1)\n"
-            f"{then}\n"
+            "os.write(1, b'read\\n')\n"
+            f"{'os.kill(os.getpid(), signal.SIGKILL)' if dies else 'signal.pause()'}\n"
         )
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(program), SID],
@@ -242,8 +248,24 @@ def named_as_ours(size: int, then: str) -> Callable[[Scene], object]:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         scene.path(layout.Role.PID_FILE).write_text(str(process.pid))
+        if not dies:
+            scene.at(Moment.RECEIPT, process.stdout.readline)
 
     return arrange
+
+
+def before_connection(
+    monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]
+) -> None:
+    """Do something right before the writer's connection of that number."""
+    connect, count = link.connect, itertools.count(1)
+
+    def connecting(folder: Path, sid: str, trust: Trust, peers: Peers) -> link.Link:
+        if next(count) == number:
+            act()
+        return connect(folder, sid, trust, peers)
+
+    monkeypatch.setattr(exchanges, "connect", connecting)
 
 
 # -- Both faces, called the same way ----------------------------------------------------

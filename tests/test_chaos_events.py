@@ -28,6 +28,7 @@ from conftest import (
     program_environment,
     until,
 )
+from lateness import lateness
 from stand_ins import agent_of, recorder
 from watchdog.events import (
     DirCreatedEvent,
@@ -214,6 +215,7 @@ async def tampered_history(world: World, kind: str, seed: int, fault: Fault) -> 
         patched.setattr(watcher._Handler, "on_any_event", tampered)
         async with reconciling(world.folder) as looks:
             await history(world)
+            await happens(lambda: world.expected() <= world.found(), "who lives on is up")
             before = len(looks)
             await asyncio.to_thread(injector.release)
             await happens(lambda: world.found() == world.expected(), f"{kind}: it is right")
@@ -352,7 +354,8 @@ def come_and_go(folder: Path) -> None:
 
 
 @pytest.mark.chaos(
-    "the kernel's event queue overflown", "same final state within 1 s of the notice"
+    "the kernel's event queue overflown",
+    "same final state within 1 s of the notice, and of what the machine's load takes",
 )
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("churn", [chmod_two, come_and_go])
@@ -386,11 +389,14 @@ def overflow(daemon: Overflown, folder: Path, churn: Callable[[Path], None], fau
     before = names(folder)
     churn(folder)
     leave_unseen(folder)
-    daemon.go_on()
-    until(daemon.noticed, "the kernel's notice")
-    until(lambda: names(folder) == before, "it is right")
-    took = daemon.took()
-    fault.holds(took < 1.0, f"{churn.__name__}: right {took:.2f} s after the notice")
+    with lateness() as late:
+        daemon.go_on()
+        until(daemon.noticed, "the kernel's notice")
+        until(lambda: names(folder) == before, "it is right")
+        took, load = daemon.took(), late()
+    told = f"{churn.__name__}: right {took:.2f} s after the notice, and a sleeper {load:.2f} s late"
+    # A keeper binds again, and this very process looks: both wait for a core as well.
+    fault.holds(took < 1.0 + 2 * load, told)
 
 
 def names(folder: Path) -> set[str]:

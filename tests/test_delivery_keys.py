@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from delivery_scene import (
@@ -22,6 +21,7 @@ from delivery_scene import (
     Face,
     Keeper,
     Scene,
+    before_connection,
     moment,
     named_as_ours,
     open_descriptors,
@@ -32,8 +32,7 @@ from delivery_scene import scene as scene  # noqa: PLC0414
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reconciler import accounts, exchanges, layout, link
-from reconciler.peers import Peers
+from reconciler import accounts, layout
 from reconciler.rpc_writer import (
     BlockingRpcWriter,
     InvalidMessageError,
@@ -45,7 +44,6 @@ from reconciler.rpc_writer import (
     encode,
 )
 from reconciler.testing import Behaviour, FakeKeeper
-from reconciler.trust import Trust
 
 D, N, U = Outcome.DELIVERED, Outcome.NOT_DELIVERED, Outcome.UNCONFIRMED
 SMALL: Message = {"type": "prompt", "message": "small"}
@@ -92,10 +90,11 @@ def test_an_unconfirmed_one_is_written_again_without_fear(
     filling: Message = {"pad": "f" * 60_000}
     if which == "agent":
         assert face.write(scene.folder, filling, PATIENT).delivered
+    room_left = (which, message) == ("agent", SMALL)
     before = open_descriptors()
-    first = face.write(scene.folder, message, HASTY, key="k")
+    first = face.write(scene.folder, message, PATIENT if room_left else HASTY, key="k")
     assert open_descriptors() == before
-    if (which, message) == ("agent", SMALL):  # there was room left
+    if room_left:
         assert first.delivered
     else:
         assert (first.outcome, first.reason) == (U, Reason.TIMED_OUT_AFTER)
@@ -105,20 +104,6 @@ def test_an_unconfirmed_one_is_written_again_without_fear(
     assert face.write(scene.folder, message, PATIENT, key="k").delivered
     assert face.write(scene.folder, {"n": 2}, PATIENT).delivered
     has(keeper, *([filling] if which == "agent" else []), message, {"n": 2})
-
-
-def before_connection(
-    monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]
-) -> None:
-    """Do something right before the writer's connection of that number."""
-    connect, count = link.connect, itertools.count(1)
-
-    def connecting(folder: Path, sid: str, trust: Trust, peers: Peers) -> link.Link:
-        if next(count) == number:
-            act()
-        return connect(folder, sid, trust, peers)
-
-    monkeypatch.setattr(exchanges, "connect", connecting)
 
 
 @pytest.mark.parametrize("message", [SMALL, BIG], ids=["small", "big"])
@@ -139,7 +124,7 @@ def test_attempts_go_on_after_bytes_were_handed_over(
 def test_what_was_read_to_its_end_is_not_tried_again(scene: Scene, face: Face) -> None:
     """A keeper that is stuck between the last byte and the receipt."""
     size = len(encode(SMALL)) + len("k") + 2
-    named_as_ours(size, "signal.pause()")(scene)
+    named_as_ours(size, dies=False)(scene)
     delivery = face.write(scene.folder, SMALL, HASTY, key="k")
     assert (delivery.outcome, delivery.reason) == (D, Reason.TAKEN)
     assert [attempt.reason for attempt in delivery.attempts] == [Reason.TIMED_OUT_AFTER]
@@ -190,7 +175,8 @@ def test_the_sign_is_the_listeners_not_the_paths(scene: Scene, face: Face) -> No
 def test_nothing_goes_to_a_keeper_that_came_instead(scene: Scene) -> None:
     """Its memory is empty, and its agent another: only a new key may go there."""
     scene.keeper("ours", "--survive")
-    writer = BlockingRpcWriter(scene.folder, policy=HASTY)
+    # One attempt: what is not to arrive waits a second, and what is has one.
+    writer = BlockingRpcWriter(scene.folder, policy=WritePolicy(attempts=1, progress_timeout=1.0))
     scene.keepers[0].process.stop()
     assert writer.write(SID, SMALL, key="k").outcome is U
     new = replaced(scene)
