@@ -122,6 +122,8 @@ class Events:
 
     def entry(self, name: bytes) -> None:
         """Something has happened to an entry of the sessions folder."""
+        if name.startswith(b"."):
+            return  # no session's; as removals hide what they take, most are of that kind
         if sid := concerns(os.fsdecode(name)):
             self.named.add(sid)
 

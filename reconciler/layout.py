@@ -68,23 +68,22 @@ CONCERN = (*CLAIM, Role.LAUNCH)
 
 
 _LOGS_AND_NOTES = {
+    Role.LAUNCH_LOG: ("keeper-launch-", ".log"),  # before the shorter one that fits it, too
     Role.KEEPER_LOG: ("keeper-", ".log"),
-    Role.LAUNCH_LOG: ("keeper-launch-", ".log"),
     Role.LEAVE: ("keeper-", ".leave"),
     Role.LAUNCH: ("keeper-", ".launch"),
 }
 _NAMES = {
-    **_LOGS_AND_NOTES,
     Role.SOCKET: ("", ".rpc.sock"),
     Role.PID_FILE: ("", ".rpc.sock.pid"),
     Role.AGENT_PID_FILE: ("", ".rpc.sock.pi-pid"),
+    **_LOGS_AND_NOTES,
 }
 _WINDOWS_NAMES = {
-    **_LOGS_AND_NOTES,
     Role.PID_FILE: ("pi-rpc-", ".pid"),
     Role.AGENT_PID_FILE: ("pi-rpc-", ".pi-pid"),
+    **_LOGS_AND_NOTES,
 }
-_NO_NAME = ("/", "/")  # no name has it
 
 
 def check_sid(sid: str) -> str:
@@ -165,26 +164,12 @@ def parse_name(name: str, platform: str = sys.platform) -> ParsedName | None:
 
     A name with one of our endings whose rest is no valid session id is not ours.
     """
-    if name.startswith("."):
-        return None
-    for role in (Role.LEAVE, Role.LAUNCH):
-        before, after = _LOGS_AND_NOTES[role]
-        if name.startswith(before) and name.endswith(after):
-            return _parsed(role, name[len(before) : -len(after)])
-    if name.startswith("keeper-") and name.endswith(".log"):
-        launch = name.startswith("keeper-launch-")
-        sid = name[len("keeper-launch-" if launch else "keeper-") : -len(".log")]
-        return _parsed(Role.LAUNCH_LOG if launch else Role.KEEPER_LOG, sid)
     names = _WINDOWS_NAMES if platform == "win32" else _NAMES
-    for role in CLAIM:
-        before, after = names.get(role, _NO_NAME)
+    for role, (before, after) in names.items():
         if name.endswith(after) and name.startswith(before):
-            return _parsed(role, name[len(before) : -len(after)])
+            sid = name[len(before) : -len(after)]
+            return ParsedName(role, sid) if _SID.fullmatch(sid) else None
     return None
-
-
-def _parsed(role: Role, sid: str) -> ParsedName | None:
-    return ParsedName(role, sid) if _SID.fullmatch(sid) else None
 
 
 def claims(name: str, platform: str = sys.platform) -> str | None:

@@ -182,8 +182,9 @@ class Observation:
     @property
     def over(self) -> bool:
         """Neither a claim nor a keeper nor an agent is there, and that is known."""
+        claimed = self.pid_file.present or self.socket.present or self.agent_file.present
         return (
-            not any(entry.present for _, entry in self.entries)
+            not claimed
             and self.keeper.process is None
             and self.agent.state in {AgentState.GONE, AgentState.NEVER_SEEN}
         )

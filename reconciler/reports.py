@@ -211,7 +211,7 @@ class Reporter:
 
 def _evidence(seen: Observation) -> dict[str, object]:
     """What a verdict stands on, without what says nothing."""
-    evidence = {
+    evidence: dict[str, object] = {
         "keeper": seen.keeper.state.value,
         "keeper_evidence": seen.keeper.evidence,
         "pid_file": seen.pid_file.kind.value,
@@ -220,10 +220,12 @@ def _evidence(seen: Observation) -> dict[str, object]:
         "agent": seen.agent.state.value,
         "agent_pid": seen.agent.process.pid if seen.agent.process else None,
         "agent_evidence": seen.agent.evidence,
-        "leftovers": [f"{each.process.pid} {each.name}" for each in seen.leftovers[:_MOST]],
-        "leftover_count": len(seen.leftovers) or None,
-        "policy": seen.record.policy if seen.record else None,
-        "ending": seen.record.ending.value if seen.record else None,
-        "restarts": len(seen.record.restarts) if seen.record else None,
     }
-    return {key: value for key, value in evidence.items() if value not in ("", None, [])}
+    told = {key: value for key, value in evidence.items() if value not in ("", None)}
+    if left := seen.leftovers:
+        told["leftovers"] = [f"{each.process.pid} {each.name}" for each in left[:_MOST]]
+        told["leftover_count"] = len(left)
+    if record := seen.record:
+        told["policy"], told["ending"] = record.policy, record.ending.value
+        told["restarts"] = len(record.restarts)
+    return told

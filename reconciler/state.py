@@ -85,10 +85,11 @@ def decide(
         policy: the times to go by.
         limits: how fast, and how often, sessions that have a restart policy are started again.
     """
-    if hostile := _details(seen, EntryKind.HOSTILE):
-        return Plan(Verdict.REFUSED, hostile)
-    if unreadable := _details(seen, EntryKind.UNKNOWN):
-        return Plan(Verdict.UNVERIFIABLE, unreadable)
+    kinds = [entry.kind for _, entry in seen.entries]
+    if EntryKind.HOSTILE in kinds:
+        return Plan(Verdict.REFUSED, _details(seen, EntryKind.HOSTILE))
+    if EntryKind.UNKNOWN in kinds:
+        return Plan(Verdict.UNVERIFIABLE, _details(seen, EntryKind.UNKNOWN))
     match seen.keeper.state:
         case KeeperState.PROVEN:
             return _decide_living(seen, desired, policy)
