@@ -446,6 +446,24 @@ def test_write_to_a_socket_that_nobody_listens_on_is_75(cli: Cli) -> None:
     assert (ended.code, ended.json["outcome"], ended.json["unsent"]) == (75, "not_delivered", 1)
 
 
+def test_write_says_what_is_the_matter_and_what_to_do(cli: Cli) -> None:
+    def told(*arguments: str) -> str:
+        return cli.fails(75, "write", "demo", LINE, *arguments).partition("; safe to try again ")[2]
+
+    pid_file = cli.folder / "demo.rpc.sock.pid"
+    pid_file.symlink_to("nowhere")
+    assert told() == "(it has no socket: see pi-reconciler inspect demo)\n"
+    pid_file.unlink()
+    with FakeKeeper(cli.folder, "demo"):
+        assert told("--key", "k") == "(its keeper knows no keys: leave --key out)\n"
+        pid_file.unlink()
+        pid_file.symlink_to("nowhere")
+        assert told() == "(see pi-reconciler inspect demo)\n"
+    with FakeKeeper(cli.folder, "other", Behaviour.NO_ACCEPT):
+        words = "stopped (kill -CONT) or hangs (pi-reconciler stop other))\n"
+        assert cli.fails(75, "write", "other", LINE).endswith(words)
+
+
 @pytest.mark.parametrize("above", [False, True])
 def test_in_a_folder_that_others_may_write_to_nothing_is_done_and_the_mend_is_told(
     cli: Cli, *, above: bool

@@ -209,19 +209,36 @@ def _delivery(delivery: Delivery) -> dict[str, object]:
 
 
 def _explain(delivery: Delivery, folder: Path) -> NoReturn:
-    from reconciler.rpc_writer import Outcome, Reason
-    from reconciler.trust import distrust_at
+    from reconciler.rpc_writer import Outcome
 
     attempts = f"{len(delivery.attempts)} attempt{'s' if len(delivery.attempts) != 1 else ''}"
     why = f"{delivery.reason.value} ({attempts})"
     if delivery.outcome is Outcome.NOT_DELIVERED:
-        hint = ""
-        if delivery.reason is Reason.REFUSED:
-            hint = f" (nobody listens: see pi-reconciler inspect {delivery.sid})"
-        elif delivery.reason is Reason.UNTRUSTED_FOLDER:
-            hint = f" ({folder}: {distrust_at(folder)})"
-        fail(f"session {delivery.sid}: not delivered, {why}; safe to try again{hint}", TRY_AGAIN)
+        hint = _hint(delivery, folder)
+        fail(f"session {delivery.sid}: not delivered, {why}; safe to try again ({hint})", TRY_AGAIN)
     total, confirmed, unsent = _counts(delivery)
     sure = "" if total == 1 else f" ({confirmed} of {total} lines surely were, {unsent} were not)"
     advice = "look at the session before you send it again"
     fail(f"session {delivery.sid}: delivery not known, {why}{sure}; {advice}", NOT_KNOWN)
+
+
+def _hint(delivery: Delivery, folder: Path) -> str:
+    """What kept a line from being delivered, and what to do about it."""
+    from reconciler.rpc_writer import Reason
+    from reconciler.trust import distrust_at
+
+    look = f"see pi-reconciler inspect {delivery.sid}"
+    match delivery.reason:
+        case Reason.UNTRUSTED_FOLDER:
+            return f"{folder}: {distrust_at(folder)}"
+        case Reason.NO_KEYS:
+            return "its keeper knows no keys: leave --key out"
+        case Reason.BACKLOG_FULL | Reason.TIMED_OUT_BEFORE:
+            end = f"hangs (pi-reconciler stop {delivery.sid})"
+            return f"its keeper took nothing in time: it is busy, stopped (kill -CONT) or {end}"
+        case Reason.REFUSED:
+            return f"nobody listens: {look}"
+        case Reason.NO_SOCKET:
+            return f"it has no socket: {look}"
+        case _:
+            return look
