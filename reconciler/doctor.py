@@ -342,7 +342,7 @@ def judge_service(facts: ServiceFacts) -> Diagnosis:
 
 
 def judge_daemon(
-    holder: int | None, program: str, service: int, *, silent: bool = False
+    holder: int | None, program: str, service: int, *, silent: bool = False, lacks: str = ""
 ) -> Diagnosis:
     """Whether somebody keeps the folder right, and who.
 
@@ -351,6 +351,7 @@ def judge_daemon(
         program: what that process runs.
         service: the process of the service, or 0.
         silent: it listens, and does not answer.
+        lacks: what is not on its PATH, and the agent needs to run: so no session is started again.
     """
     if holder is None:
         advice = "pi-reconciler run, or service install: until then nothing is put right by itself"
@@ -366,4 +367,7 @@ def judge_daemon(
     if service and holder != service:
         advice = f"the service waits for process {holder} to end: stop one of the two"
         return warning("daemon", f"{found}, not the service's (process {service})", advice)
+    if lacks:
+        advice = "start it with a PATH that has it, for sessions that it is to start again"
+        return warning("daemon", f"{found}, and has no {lacks} on its PATH", advice)
     return ok("daemon", found)

@@ -52,6 +52,7 @@ PATIENCE = 3.0
 
 _A_UUID = "00000000-0000-0000-0000-000000000000"
 _LONGEST_NAME = 1 << 16  # bytes read of a file that tells a name or a version
+_LONGEST_ENVIRONMENT = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,12 +206,13 @@ def _readable(path: str) -> bool:
     return os.path.isfile(path) and os.access(path, os.R_OK)
 
 
-def _program(name: str) -> ProgramFacts:
-    path = shutil.which(name)
+def _program(name: str, search: str | None = None) -> ProgramFacts:
+    """A program as it is found on a PATH, ours if none is given."""
+    path = shutil.which(name, path=search)
     if path is None:
         return ProgramFacts(name=name, path=None)
     wanted = _interpreter(path)
-    absent = wanted if wanted and shutil.which(wanted) is None else ""
+    absent = wanted if wanted and shutil.which(wanted, path=search) is None else ""
     return ProgramFacts(name=name, path=path, interpreter=absent, version=_version(path))
 
 
@@ -315,7 +317,10 @@ def _daemon(patient: Patient) -> Diagnosis:
     found = find(patient.sessions_dir)
     if found.stream:
         found.stream.close()
-    return judge_daemon(holder, _runs(holder), _service_facts().pid, silent=found.silent)
+    agent = _program(patient.agent, _search_path(holder))
+    lacks = agent.interpreter if agent.path else agent.name
+    pid = _service_facts().pid
+    return judge_daemon(holder, _runs(holder), pid, silent=found.silent, lacks=lacks)
 
 
 def _runs(pid: int) -> str:
@@ -323,6 +328,15 @@ def _runs(pid: int) -> str:
     with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:
         return os.fsdecode(file.read(_LONGEST_NAME)).strip()
     return ""
+
+
+def _search_path(pid: int) -> str | None:
+    """The PATH that a process was started with; of its environment nothing else is kept."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        for each in file.read(_LONGEST_ENVIRONMENT).split(b"\0"):
+            if each.startswith(b"PATH="):
+                return os.fsdecode(each.removeprefix(b"PATH="))
+    return None
 
 
 CHECKS: Mapping[str, Callable[[Patient], Diagnosis]] = {

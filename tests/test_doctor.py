@@ -165,6 +165,7 @@ def service(**facts: object) -> Diagnosis:
             "process 9 (python3) keeps the folder, and does not answer",
             "kill -CONT 9",
         ),
+        (judge_daemon(9, "", 9, lacks="pi"), "warning", "no pi on its PATH", "a PATH that has it"),
         (
             judge_daemon(9, "", 8),
             "warning",

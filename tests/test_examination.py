@@ -371,3 +371,26 @@ def test_doctor_finds_the_daemon(well: Cli) -> None:
         (daemon,) = [e for e in well("doctor", "--json").json if e["check"] == "daemon"]
         assert daemon["state"] == "ok"
         assert f"process {process.pid} " in daemon["found"]
+
+
+def test_doctor_tells_of_a_daemon_that_could_not_start_the_agent_again(
+    well: Cli, tmp_path: Path
+) -> None:
+    (there := tmp_path / "bin").mkdir()
+    script(there / "an-agent", "#!/usr/bin/env its-runtime\n")
+    script(there / "its-runtime", "#!/bin/sh\n")
+    well.env["PI_RECONCILER_AGENT_COMMAND"] = '["an-agent"]'
+
+    def daemon() -> str:
+        (told,) = [e for e in well("doctor", "--json").json if e["check"] == "daemon"]
+        return f"{told['state']}: {told['found']}"
+
+    with well.started("run", stdout=subprocess.PIPE) as process:
+        lines_of(process, "reconciler.started")
+        well.env["PATH"] = f"{there}:{well.env['PATH']}"
+        assert re.fullmatch("warning: .* and has no an-agent on its PATH", daemon())
+        well.env["PI_RECONCILER_AGENT_COMMAND"] = f'["{there}/an-agent"]'
+        assert re.fullmatch("warning: .* and has no its-runtime on its PATH", daemon())
+    with well.started("run", stdout=subprocess.PIPE) as process:
+        lines_of(process, "reconciler.started")
+        assert daemon().startswith("ok: ")
