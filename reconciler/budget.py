@@ -17,6 +17,10 @@ from reconciler.ranges import Range
 _BYTES = Range(64 << 10, 1 << 50, "a whole number of bytes")
 _AGE = Range(60, 100 * 366 * 86_400, "seconds")
 
+FIRST_DAY = 1_735_689_600.0
+"""Seconds since the epoch, the start of 2025: before there was this program nothing was logged by a
+clock that had been set. How old such a log is, is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogBudget:
@@ -71,14 +75,14 @@ def steps(logs: Sequence[Log], budget: LogBudget, now: float) -> tuple[Step, ...
     Args:
         logs: all session logs of the folder.
         budget: what they may cost.
-        now: seconds since the epoch.
+        now: seconds since the epoch; minus infinity where that is not known.
     """
     last = _last_written(logs)
     ended = sorted(
         (log for log in logs if log.ended),
         key=lambda log: (last[log.sid], log.sid, log.file.mtime_ns),
     )
-    alone = [(log, _by_itself(log, budget, now - last[log.sid])) for log in ended]
+    alone = [(log, _by_itself(log, budget, _age(last[log.sid], now))) for log in ended]
     total = sum(log.file.size for log in logs) - sum(step.freed for _, step in alone if step)
     chosen = []
     for log, step in alone:
@@ -88,6 +92,11 @@ def steps(logs: Sequence[Log], budget: LogBudget, now: float) -> tuple[Step, ...
         elif step:
             chosen.append(step)
     return tuple(chosen)
+
+
+def _age(written: float, now: float) -> float:
+    """Seconds for which a log is known to be there, at the least."""
+    return now - written if written >= FIRST_DAY else 0.0
 
 
 def _by_itself(log: Log, budget: LogBudget, age: float) -> Step | None:

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import math
 import os
 import signal
 import stat
@@ -34,6 +35,11 @@ _LOGS = frozenset({Role.KEEPER_LOG, Role.LAUNCH_LOG})
 _BLOCK = 1024 * 1024
 _NEVER = threading.Event()
 _LASTS = 2
+
+BELIEVED = 3600.0
+"""Seconds after its start from which a daemon lets logs go for their age: by then a machine that
+has started with a wrong clock has set it."""
+
 _WORK, _REST = 0.0005, 0.001
 # Seconds of work after which the interpreter is left to the event loop, and for how long.
 
@@ -133,9 +139,13 @@ class LogSweeper:
         return Report(tuple(_by_reason(done)), self._lasting(logs, budget), kept, tuple(failures))
 
     def _now(self) -> float:
-        """The time of day, but for what a clock that was set forward has added to it."""
+        """The time of day, but for what a clock that was set forward has added to it.
+
+        Minus infinity until the clock has had the time to be set.
+        """
         wall, elapsed = self._started
-        return min(time.time(), wall + _elapsed() - elapsed)
+        passed = _elapsed() - elapsed
+        return min(time.time(), wall + passed) if passed >= BELIEVED else -math.inf
 
     def _lasting(self, logs: Sequence[Log], budget: LogBudget) -> tuple[Log, ...]:
         """Living logs that are too long for the second time: the first time may end by itself."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reconciler.budget import Log, LogBudget, Step, Why, grown, steps
 from reconciler.observations import FileId
 
-NOW = 1_000_000.0
+NOW = 2_000_000_000.0
 BUDGET = LogBudget(total=1000, each=200, age=500)
 
 
@@ -59,6 +59,13 @@ def told(logs: list[Log], budget: LogBudget = BUDGET) -> list[tuple[str, Why, in
 def test_what_goes(logs: list[Log], expected: list[tuple[str, Why, int]]) -> None:
     assert told(logs) == expected
     assert told(logs[::-1]) == expected
+
+
+def test_what_was_written_by_a_clock_that_had_not_been_set_is_of_no_known_age() -> None:
+    unset, long = log("a", 9, NOW - 5), log("b", 201, NOW - 6)
+    assert told([unset, long]) == [("b", Why.EACH, 100)]
+    living = log("c", 950, 1, ended=False)
+    assert told([unset, long, living]) == [("a", Why.TOTAL, 0), ("b", Why.TOTAL, 0)]
 
 
 def test_what_is_cut_keeps_whole_bytes_and_one_at_least() -> None:

@@ -22,10 +22,11 @@ from test_chaos_disk import Disk
 from test_chaos_disk import disk as disk  # noqa: PLC0414 - a fixture
 from test_removal import a_fifo, new_keeper, until_it_is_up
 
-from reconciler.budget import LogBudget, Step, Why, steps
+from reconciler import sweep
+from reconciler.budget import FIRST_DAY, LogBudget, Step, Why, steps
 from reconciler.folder import Folder
 from reconciler.removal import Fate, hidden_name
-from reconciler.sweep import LogSweeper, Report, carry_out, survey
+from reconciler.sweep import BELIEVED, LogSweeper, Report, carry_out, survey
 
 SID = "5f0e7c1e-0c50-4f0e-9b39-4e4a3a2f3d11"
 KEEPER_LOG, LAUNCH_LOG = f"keeper-{SID}.log", f"keeper-launch-{SID}.log"
@@ -38,6 +39,17 @@ SHORT = LogBudget(total=10**9, each=1000, age=1e12)
 def opened(folder: Path) -> Iterator[Folder]:
     with Folder(folder) as opened:
         yield opened
+
+
+@pytest.fixture
+def believed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let so much time pass that a sweeper goes by the clock."""
+
+    def pass_time() -> None:
+        now = sweep._elapsed() + BELIEVED
+        monkeypatch.setattr(sweep, "_elapsed", lambda: now)
+
+    return pass_time
 
 
 def swept(
@@ -64,21 +76,40 @@ def test_the_logs_of_an_ended_session_go_both(opened: Folder) -> None:
     assert (report.kept, report.failures) == (0, ())
 
 
-def test_logs_that_are_too_old_go_and_others_stay(opened: Folder) -> None:
+def test_logs_that_are_too_old_go_and_others_stay(
+    opened: Folder, believed: Callable[[], None]
+) -> None:
     for sid, age in (("old", 100), ("young", 10)):
         old_logs(opened.path, sid)
         for name in (f"keeper-{sid}.log", f"keeper-launch-{sid}.log"):
             os.utime(opened.path / name, (time.time() - age,) * 2)
-    swept(opened, LogBudget(age=60))
+    sweeper = LogSweeper(LogBudget(age=60))
+    assert sweeper.sweep(opened, ()).swept == (), "the clock may be a wrong one yet"
+    believed()
+    sweeper.sweep(opened, ())
     assert sorted(os.listdir(opened.path)) == ["keeper-launch-young.log", "keeper-young.log"]
 
 
 def test_a_clock_that_is_set_forward_makes_no_log_old(
-    opened: Folder, monkeypatch: pytest.MonkeyPatch
+    opened: Folder, monkeypatch: pytest.MonkeyPatch, believed: Callable[[], None]
 ) -> None:
     old_logs(opened.path)
-    sweeper = LogSweeper(LogBudget(age=60))
+    sweeper = LogSweeper(LogBudget(age=2 * BELIEVED))
+    believed()
     monkeypatch.setattr(time, "time", lambda: 4e9)
+    assert sweeper.sweep(opened, ()).swept == ()
+    assert len(os.listdir(opened.path)) == 2
+
+
+def test_a_clock_that_was_ahead_when_the_daemon_started_makes_no_log_old(
+    opened: Folder, monkeypatch: pytest.MonkeyPatch, believed: Callable[[], None]
+) -> None:
+    old_logs(opened.path)
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time", lambda: 4e9)
+        sweeper = LogSweeper(LogBudget(age=60))
+        assert sweeper.sweep(opened, ()).swept == ()
+    believed()  # by then it was set right
     assert sweeper.sweep(opened, ()).swept == ()
     assert len(os.listdir(opened.path)) == 2
 
@@ -118,14 +149,18 @@ def test_a_log_longer_than_a_block_is_cut_right(opened: Folder) -> None:
 
 
 @root
-def test_on_a_full_disk_logs_are_cut_and_removed_all_the_same(disk: Disk) -> None:
+def test_on_a_full_disk_logs_are_cut_and_removed_all_the_same(
+    disk: Disk, believed: Callable[[], None]
+) -> None:
     lines = [b"%07d\n" % number for number in range(100_000)]
     (disk.folder / "keeper-long.log").write_bytes(b"".join(lines))
     (disk.folder / "keeper-old.log").write_bytes(b"".join(lines))
-    os.utime(disk.folder / "keeper-old.log", (0, 0))
+    os.utime(disk.folder / "keeper-old.log", (FIRST_DAY, FIRST_DAY))
     disk.fill()
+    sweeper = LogSweeper(LogBudget(each=400_000))
+    believed()
     with Folder(disk.folder) as opened:
-        report = swept(opened, LogBudget(each=400_000))
+        report = sweeper.sweep(opened, ())
     assert [each.why for each in report.swept] == [Why.AGE, Why.EACH]
     assert report.failures == ()
     assert os.listdir(disk.folder) == ["keeper-long.log"]
