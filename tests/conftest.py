@@ -71,6 +71,13 @@ def until(condition: Callable[[], object], what: str = "") -> None:
         time.sleep(0.002)
 
 
+def text_of(path: Path) -> str:
+    """What a file says; nothing while there is none: who writes it anew may replace it."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text()
+    return ""
+
+
 async def soon(awaitable: Awaitable[Session]) -> Session:
     """Await what must come, WAIT seconds at most."""
     return await asyncio.wait_for(awaitable, WAIT)

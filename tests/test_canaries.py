@@ -262,6 +262,7 @@ from reconciler import {room}
 def fails(*arguments, **options):
     secret = {secret!r}, arguments, options
     raise RuntimeError("injected")
+assert {room}.{what}, "else nothing would fail"
 {room}.{what} = fails
 from reconciler.cli import main
 main()
@@ -274,12 +275,12 @@ main()
         ("link", "Link.deliver", ("write", "demo", LINE)),
         ("link", "Link.deliver", ("write", "demo", LINE, "--key", "k")),
         ("exchanges", "keyed", ("write", "demo", LINE, "--key", "k")),
-        ("link", "Link.finish", ("write", "demo", LINE)),
+        ("link", "Link.close", ("write", "demo", LINE)),
         ("spawning", "_told", ("spawn", "second", "--env", f"S={OPTION}", "--", "cat", ARGUMENT)),
         ("spawning", "_run", ("spawn", "second", "--env", f"S={OPTION}", "--", "cat", ARGUMENT)),
         ("probe", "Probe.look", ("run", "--once", "--log-level", "debug", "--log-form", "json")),
         ("probe", "Probe.look", ("run", "--once", "--log-level", "debug", "--log-form", "console")),
-        ("controller", "Reconciler._hint_all", ("run", "--once")),
+        ("controller", "Reconciler._look_at_all", ("run", "--once")),
         ("probe", "Probe.look", ("stop", "demo")),
         ("probe", "Probe.look", ("inspect", "demo", "--json")),
     ],
@@ -289,7 +290,7 @@ def test_a_failure_of_ours_tells_no_values(
 ) -> None:
     outlets.run("spawn", "demo", "--", "cat", code=0)
     script = FAILING.format(room=room, what=what, secret=PROMPT)
-    program = ("timeout", "10", sys.executable, "-c", script)
+    program = ("timeout", "50", sys.executable, "-c", script)
     assert b"injected" in outlets.run(*command, program=program)
     outlets.look()
     assert outlets.leaks == []
@@ -304,7 +305,8 @@ def fails(*arguments):
     raise RuntimeError("injected")
 
 async def main():
-    link.Link.finish = fails
+    assert link.Link.close
+    link.Link.close = fails
     task = asyncio.create_task(RpcWriter(Path(sys.argv[1])).write("demo", sys.argv[2]))
     await asyncio.wait([task])  # and its error is never asked for
 

@@ -33,6 +33,7 @@ from conftest import (
     sessions_folder,
     soon,
     stale_pair,
+    text_of,
     until,
 )
 from stand_ins import running as program
@@ -256,10 +257,7 @@ async def test_a_pid_file_that_names_an_innocent_beside_a_keeper_that_listens_is
         await ready(reconciler, SID)
         pid_file(folder).write_text(str(innocent))
         await happens(
-            lambda: (
-                pid_file(folder).exists()
-                and pid_file(folder).read_text() == str(spawned.keeper_pid)
-            ),
+            lambda: text_of(pid_file(folder)) == str(spawned.keeper_pid),
             "the pid file names the keeper",
         )
         await ready(reconciler, SID)
@@ -472,7 +470,7 @@ def second_keeper(folder: Path) -> Iterator[int]:
         [*NODE, SID], env=os.environ | settings, stdin=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        until(lambda: pid_file(folder).read_text() == str(process.pid), "the second took over")
+        until(lambda: text_of(pid_file(folder)) == str(process.pid), "the second took over")
         yield process.pid
     finally:
         process.terminate()
