@@ -77,10 +77,7 @@ def joined(problems: Iterable[Problem]) -> str:
 
 
 def gather(
-    text: bytes,
-    source: str = "settings",
-    variables: Mapping[str, str] | None = None,
-    flags: Mapping[str, Any] | None = None,
+    text: bytes, source: str, variables: Mapping[str, str], flags: Mapping[str, Any]
 ) -> Mapping[str, Said]:
     """Every key with its value, and who says it.
 
@@ -96,8 +93,8 @@ def gather(
     problems: list[Problem] = []
     said = {name: Said(key.default) for name, key in KEYS.items()}
     said |= _from_file(text, source, problems)
-    said |= _from_variables(variables or {}, problems)
-    said |= _from_flags(flags or {}, problems)
+    said |= _from_variables(variables, problems)
+    said |= _from_flags(flags, problems)
     if problems:
         raise SourcesError(problems)
     return said
@@ -191,7 +188,7 @@ def _unknown(table: str, field: str) -> str:
     place = f"{table}." if table else ""
     here = [key.field for key in KEYS.values() if key.table == table]
     here += [] if table else TABLES
-    near = [place + each for each in difflib.get_close_matches(field, here, 1)]
+    near = [place + each for each in difflib.get_close_matches(field, here)]
     near += [key.name for key in KEYS.values() if key.field == field]
     return f"{_plain(place + field)} is no setting{_meant(near)}, allowed: {', '.join(here)}"
 
@@ -225,7 +222,7 @@ def _from_variables(variables: Mapping[str, str], problems: list[Problem]) -> di
 def _near(variable: str, known: Iterable[str]) -> list[str]:
     """Those that are meant, perhaps: what all begin with makes nothing alike."""
     bare = [name.removeprefix(PREFIX) for name in known]
-    near = difflib.get_close_matches(variable.removeprefix(PREFIX), bare, 1)
+    near = difflib.get_close_matches(variable.removeprefix(PREFIX), bare)
     return [PREFIX + name for name in near]
 
 

@@ -25,6 +25,7 @@ from reconciler.settings import (
     RESERVED,
     Settings,
     SettingsError,
+    Sources,
     default_path,
     load,
     load_all,
@@ -167,6 +168,7 @@ SECONDS = "seconds above 0, 86400 at most"
         ('"a\\nb" = 1', r"'a\nb' is no setting, allowed: "),
         ("resync 60", "this is not TOML: "),
         ("resync = 1\nresync = 2", "this is not TOML: "),
+        (f"sessions_dir = ['{'x' * 56}']", f"sessions_dir is ['{'x' * 56}'], allowed: a text"),
         (f"sessions_dir = ['{'x' * 500}']", f"sessions_dir is ['{'x' * 58}..., allowed: a text"),
     ],
 )
@@ -179,6 +181,17 @@ def test_a_bad_file_is_told_by_file_key_what_was_found_and_what_is_allowed(
         load(path)
     assert str(caught.value).startswith(f"{path}: {told}")
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_allowed_in_a_table_is_its_keys() -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse(b"[log]\nlvl = 'x'")
+    fields = ", ".join(each.name for each in dataclasses.fields(LogSettings))
+    assert str(caught.value).endswith(f"allowed: {fields}")
+
+
+def test_a_thousand_dots_in_a_line_are_not_too_many() -> None:
+    assert parse(b"# " + b"." * 1000) == Settings()
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
@@ -203,14 +216,36 @@ def test_a_file_that_is_named_must_be_there_and_be_readable(tmp_path: Path) -> N
         load(tmp_path)
     closed = tmp_path / "file" / "config.toml"
     closed.parent.write_text("")
-    with pytest.raises(SettingsError, match=r"settings file '.*' cannot be read: Not a directory"):
+    with pytest.raises(SettingsError, match=f"file '{closed}' cannot be read: Not a directory"):
         load(closed)
+    broken = Path("/proc/self/mem")  # nothing is to be had of its first page
+    with pytest.raises(SettingsError, match=f"file '{broken}' cannot be read: Input/output error"):
+        load(broken)
 
 
 def test_a_file_that_is_none_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(SettingsError, match="fifo' cannot be read: it is no regular file"):
+    with pytest.raises(SettingsError, match=f"'{tmp_path}/fifo' cannot be read: it is no regular"):
         load(tmp_path / "fifo")
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "default"])
+def test_the_file_is_read_again_where_it_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, named: bool
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    path = default_path()
+    path.parent.mkdir()
+    path.write_text("resync = 1")
+    sources = Sources.read(path if named else None, {}, {"log.level": "debug"})
+    path.write_text("resync = 2")
+    assert sources.again().settings() == Settings(resync=2.0, log=LogSettings(level="debug"))
+    path.unlink()
+    if named:
+        with pytest.raises(SettingsError, match=f"settings file '{path}' is not there"):
+            sources.again()
+    else:
+        assert sources.again() == sources._replace(text=b"")
 
 
 def test_the_length_of_a_file_is_bounded(tmp_path: Path) -> None:
@@ -368,16 +403,22 @@ def test_a_bad_variable_is_told_by_its_name(name: str, text: str, told: str) -> 
 def test_all_sources_tell_what_is_wrong_at_once(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("resync = 0\nfoo = 1\n")
-    environ = {"PI_RECONCILER_LOG_LEVEL": "loud"}
+    environ = {"PI_RECONCILER_ZZZZZZ": "1", "PI_RECONCILER_LOG_LEVEL": "loud"}
     with pytest.raises(SettingsError) as caught:
-        load(path, environ=environ, flags={"log.form": "xml"})
-    assert [problem.partition(" is ")[0] for problem in caught.value.problems] == [
+        load(path, environ=environ, flags={"sessions_dir": 5})
+    told = [
         f"{path}: resync",
         f"{path}: foo",
+        "environment: PI_RECONCILER_ZZZZZZ",
         "environment: PI_RECONCILER_LOG_LEVEL",
-        "command line: --log-form",
+        "command line: --sessions-dir",
     ]
-    assert str(caught.value).count(str(path)) == 1
+    assert [problem.partition(" is ")[0] for problem in caught.value.problems] == told
+    *_, level, folder = caught.value.problems
+    assert level.endswith(f" is 'loud', allowed: {KEYS['log.level'].allowed}")
+    assert folder.endswith(f" is 5, allowed: {KEYS['sessions_dir'].allowed}")
+    parts = [problem.partition(" is ")[0] for problem in str(caught.value).split("; ")]
+    assert parts == [told[0], "foo", told[2], "PI_RECONCILER_LOG_LEVEL", told[4]]
 
 
 def test_values_that_do_not_go_together_are_a_rooms_to_refuse(

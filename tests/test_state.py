@@ -409,6 +409,8 @@ TABLE: tuple[Row, ...] = (
     ("given up", kept(Ending.FAILED, given_up=True), V.GIVEN_UP, (), None),
     # not again
     ("asked to end", kept(Ending.ASKED, after=2.0), V.STOPPING, (), 8.0),
+    ("asked to end, its farewell is just over", kept(Ending.ASKED, after=10.0),
+     V.STOPPING, (FORGET,), None),
     ("asked to end, and the machine stands", kept(Ending.ASKED), V.STOPPING, (FORGET,), None),
     ("on failure, asked to end", kept(Ending.ASKED, "on-failure"), V.STOPPING, (FORGET,), None),
     ("on failure, ended well", kept(Ending.FINISHED, "on-failure", after=0.0),
