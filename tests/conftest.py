@@ -23,6 +23,7 @@ import pytest
 from chaos import Table
 from chaos import fault as fault  # noqa: PLC0414 - fixtures and hooks
 from chaos import pytest_pyfunc_call as pytest_pyfunc_call  # noqa: PLC0414
+from raw_keeper import holds
 from raw_keeper import out as out  # noqa: PLC0414
 from raw_keeper import session as session  # noqa: PLC0414
 
@@ -65,17 +66,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def until(condition: Callable[[], object], what: str = "") -> None:
     """Wait until a condition holds, WAIT seconds at most."""
     deadline = time.monotonic() + WAIT
-    while not condition():
+    while not holds(condition):
         if time.monotonic() > deadline:
             pytest.fail(f"waited {WAIT:g} s in vain: {what or condition}")
         time.sleep(0.002)
-
-
-def text_of(path: Path) -> str:
-    """What a file says; nothing while there is none: who writes it anew may replace it."""
-    with contextlib.suppress(FileNotFoundError):
-        return path.read_text()
-    return ""
 
 
 async def soon(awaitable: Awaitable[Session]) -> Session:
@@ -96,7 +90,7 @@ def asynchronous(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, No
 async def happens(condition: Callable[[], object], what: str = "") -> None:
     """Let the event loop run until a condition holds, WAIT seconds at most."""
     deadline = time.monotonic() + WAIT
-    while not condition():
+    while not holds(condition):
         if time.monotonic() > deadline:
             pytest.fail(f"waited {WAIT:g} s in vain: {what or condition}")
         await asyncio.sleep(0.002)

@@ -197,7 +197,8 @@ class Crowd:
             if not session.keeper:
                 session.begin(self.folder)
         for session in sessions:
-            self.holds(until(session.is_up), f"{session.sid} ({session.kind}) is up")
+            up, told = until(session.is_up), f"{session.sid} ({session.kind}) is up"
+            self.holds(up, told if up else f"{told}: {self.log_of(session)}")
         with self._slow():
             self._act(sessions)
             blameless = self._end(sessions)
@@ -231,9 +232,12 @@ class Crowd:
                 program.send_signal(signal.SIGCONT)
 
     def log_of(self, session: Session) -> str:
-        """What the daemon said of it last."""
+        """What the daemon said of it last, and its keeper."""
         lines = self.log.read_text().splitlines()
-        return "".join([line for line in lines if f'"{session.sid}"' in line][-1:])
+        said = [line for line in lines if f'"{session.sid}"' in line][-1:]
+        with contextlib.suppress(FileNotFoundError):
+            said += (self.folder / f"keeper-{session.sid}.log").read_text().splitlines()[-2:]
+        return " ".join(said)
 
     def _act(self, sessions: list[Session]) -> None:
         for session in sessions:

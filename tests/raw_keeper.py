@@ -29,10 +29,18 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 
 
+def holds(condition: Callable[[], object]) -> bool:
+    """Whether a condition holds; what is asked of a file that is not there yet does not."""
+    try:
+        return bool(condition())
+    except FileNotFoundError:
+        return False
+
+
 def until(happened: Callable[[], object], seconds: float = 20) -> None:
     """Wait for a moment that can be named, no longer than the bound."""
     give_up = time.monotonic() + seconds
-    while not happened():
+    while not holds(happened):
         assert time.monotonic() < give_up, "it did not happen"
         time.sleep(0.002)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from chaos import CAMPAIGN, Fault
-from conftest import NODE_KEEPER, SINK, end_all, root, stale_pair, text_of, until
+from conftest import NODE_KEEPER, SINK, end_all, root, stale_pair, until
 from hampered import Hampered, bystanders, gone, left_by, spawn_all, stale_pairs
 from stand_ins import kill
 
@@ -130,7 +130,7 @@ def pid_file(disk: Disk, sid: str) -> Path:
 
 
 def names_a_pid(disk: Disk, sid: str) -> bool:
-    return text_of(pid_file(disk, sid)).isdigit()
+    return pid_file(disk, sid).read_text().isdigit()
 
 
 @pytest.mark.chaos("the log's disk full", CHECKED)

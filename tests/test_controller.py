@@ -33,7 +33,6 @@ from conftest import (
     sessions_folder,
     soon,
     stale_pair,
-    text_of,
     until,
 )
 from stand_ins import running as program
@@ -257,7 +256,7 @@ async def test_a_pid_file_that_names_an_innocent_beside_a_keeper_that_listens_is
         await ready(reconciler, SID)
         pid_file(folder).write_text(str(innocent))
         await happens(
-            lambda: text_of(pid_file(folder)) == str(spawned.keeper_pid),
+            lambda: pid_file(folder).read_text() == str(spawned.keeper_pid),
             "the pid file names the keeper",
         )
         await ready(reconciler, SID)
@@ -470,7 +469,7 @@ def second_keeper(folder: Path) -> Iterator[int]:
         [*NODE, SID], env=os.environ | settings, stdin=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        until(lambda: text_of(pid_file(folder)) == str(process.pid), "the second took over")
+        until(lambda: pid_file(folder).read_text() == str(process.pid), "the second took over")
         yield process.pid
     finally:
         process.terminate()
@@ -1121,11 +1120,14 @@ async def test_a_broken_spawn_registry_is_told_of_once(folder: Path) -> None:
 
 @asynchronous
 async def test_without_file_events_the_full_look_finds_everything(folder: Path) -> None:
-    async with running(manager_of(folder), resync=0.2) as (reconciler, told):
+    manager = manager_of(folder)
+    async with running(manager) as (reconciler, told):
         reconciler._watcher.stop()
-        stale_pair(folder, SID)
-        await gone(folder)
-        assert told.events(SID) == ["session.cleaned"]
+        reconciler.go_by(manager, resync=0.2)  # which asks for one look at once
+        for sid in ("one", "two"):
+            stale_pair(folder, sid)
+            await gone(folder, sid)
+            assert told.events(sid) == ["session.cleaned"]
 
 
 @asynchronous
