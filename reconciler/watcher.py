@@ -90,9 +90,10 @@ class SessionsWatcher:
 
     def start(self) -> None:
         """Begin to watch. All that happens from now on brings a hint."""
-        self._observer = observer(self._events, self._complain)
-        self._observer.schedule(self._handler, str(self._folder), recursive=False)
-        self._observer.start()
+        watch = observer(self._events, self._complain)
+        watch.schedule(self._handler, str(self._folder), recursive=False)
+        watch.start()
+        self._observer = watch  # one that has not begun cannot be ended
 
     def stop(self) -> None:
         """End the watch and its threads. May be called twice."""

@@ -1245,6 +1245,23 @@ async def test_leaving_at_once_leaves_nothing_behind_in_the_program(folder: Path
 
 
 @asynchronous
+async def test_one_that_cannot_begin_holds_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(inotify._FolderEmitter, "start", none_left)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await Reconciler(manager_of(folder), logger=Told().logger).__aenter__()
+    assert len(os.listdir("/proc/self/fd")) == before
+    async with running(manager_of(folder)):
+        pass
+
+
+@asynchronous
 async def test_it_is_entered_once(folder: Path) -> None:
     async with running(manager_of(folder)) as (reconciler, _):
         pass

@@ -176,6 +176,7 @@ async def test_it_closes_once_what_takes_time_has_ended_and_does_nothing_after_t
     await asyncio.sleep(0)
     queue.add("later", time.monotonic() + 0.01)
     queue.add("a", AT_ONCE)
+    queue.add("due", AT_ONCE)
     await queue.close()
     assert told == ["a", "ended"]
     queue.add("b", AT_ONCE)
