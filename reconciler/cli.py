@@ -23,6 +23,7 @@ from reconciler.console import (
     close_output,
     common,
     fail,
+    kind_of,
 )
 from reconciler.errors import InvalidRequestError, NoSuchSessionError, ReconcilerError
 from reconciler.layout import InvalidSessionIdError
@@ -161,7 +162,8 @@ def cli(ctx: click.Context) -> None:
 
     \b
     Exit codes: 0 success, 1 failure, 2 usage, 3 no such session, 75 not delivered (safe to
-    send again), 76 delivery not known, 78 bad settings.
+    send again), 76 delivery not known, 78 bad settings. With --json standard output then has
+    an object with `error` and `kind` (docs/command-line.md).
     """  # noqa: D301 - click wants the real character
     if ctx.invoked_subcommand != "run":
         _let_hang_up()
@@ -241,17 +243,17 @@ def _end(error: Exception) -> NoReturn:
             path = error.ctx.command_path if error.ctx else "pi-reconciler"
             fail(f"{_in_words(error)} (see {path} --help)", USAGE)
         case InvalidSessionIdError() | InvalidRequestError():
-            fail(str(error), USAGE)
+            fail(str(error), USAGE, kind_of(error))
         case NoSuchSessionError():
             fail(str(error), NO_SUCH_SESSION)
         case ReconcilerError():
-            fail(str(error), FAILURE)
+            fail(str(error), FAILURE, kind_of(error))
         case click.Abort():
             fail("interrupted", INTERRUPTED)
         case OSError():  # but for a broken pipe, which click ends with 1 in silence
             close_output()
             where = f": {error.filename!r}" if error.filename else ""
-            fail(f"{error.strerror or error}{where}", FAILURE)
+            fail(f"{error.strerror or error}{where}", FAILURE, kind_of(error))
         case _:
             kind = type(error).__name__
-            fail(f"a defect: {kind}: {error} (--debug shows where)", FAILURE)
+            fail(f"a defect: {kind}: {error} (--debug shows where)", FAILURE, "defect")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -25,6 +26,15 @@ FAILURE, USAGE, NO_SUCH_SESSION, TRY_AGAIN, NOT_KNOWN, BAD_SETTINGS = 1, 2, 3, 7
 
 INTERRUPTED = 130
 """What a shell expects of a program that Ctrl-C ended: 128 and the number of SIGINT."""
+
+_KINDS: Mapping[int, str] = {
+    FAILURE: "failure",
+    USAGE: "usage",
+    NO_SUCH_SESSION: "no_such_session",
+    TRY_AGAIN: "not_delivered",
+    NOT_KNOWN: "delivery_not_known",
+    BAD_SETTINGS: "bad_settings",
+}
 
 _DAY = 86_400
 
@@ -69,10 +79,37 @@ class Common(NamedTuple):
 # How commands tell things.
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """End with one line on standard error."""
+def fail(
+    message: str, code: int, kind: str = "", *, told: Mapping[str, object] | None = None
+) -> NoReturn:
+    """End with one line on standard error, and with --json an object on standard output.
+
+    Args:
+        message: what went wrong, which value, what to do.
+        code: the exit code.
+        kind: the constant word for programs; by default that of the exit code.
+        told: what else stands in the object.
+    """
     complain(message)
+    if "--json" in _own_words() and code != INTERRUPTED:
+        try:
+            print_json({**(told or {}), "error": message, "kind": kind or _KINDS[code]})
+        except OSError:  # nobody reads it: the exit code still tells
+            close_output()
     sys.exit(code)
+
+
+def _own_words() -> list[str]:
+    """The words of the command line, but for an agent's: it may be one that cannot be parsed."""
+    words = sys.argv[1:]
+    return words[: words.index("--")] if "--" in words else words
+
+
+def kind_of(error: Exception) -> str:
+    """The constant word for an error: its class, or that the system has refused."""
+    if isinstance(error, OSError):
+        return "system"
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()
 
 
 def complain(message: str) -> None:

@@ -965,7 +965,7 @@ def test_an_unknown_command_is_wrong_usage(cli: Cli) -> None:
         (("st",), "No such command 'st' (see pi-reconciler --help)"),
         (("start", "x"), "No such command 'start', it is spawn here (see pi-reconciler --help)"),
         (("help",), "No such command 'help', it is --help here (see pi-reconciler --help)"),
-        (("--json", "ls"), "No such option '--json' before the command (see pi-reconciler --help)"),
+        (("--jsn", "ls"), "No such option '--jsn' before the command (see pi-reconciler --help)"),
         (("ls", "--jsn"), "No such option '--jsn'. Did you mean '--json'? (see pi-reconciler ls"),
         (("logs", "x", "-n"), "Option '-n' requires an argument (see pi-reconciler logs --help)"),
         (("-V",), "'-V' before the command, the version is --version (see pi-reconciler --help)"),

@@ -17,6 +17,7 @@ from reconciler.console import (
     confirm,
     dry_run_option,
     json_option,
+    kind_of,
     pass_common,
     print_json,
 )
@@ -96,7 +97,7 @@ def tell(results: list[Result], words: Callable[[dict[str, Any]], str], *, as_js
 def failure(sid: str, error: Exception, **said: bool) -> Result:
     """What became of a session that nothing could be done about."""
     code = NO_SUCH_SESSION if isinstance(error, NoSuchSessionError) else FAILURE
-    return code, {"sid": sid, **said, "error": str(error)}
+    return code, {"sid": sid, **said, "error": str(error), "kind": kind_of(error)}
 
 
 def end_words(end: Mapping[str, Any]) -> list[str]:

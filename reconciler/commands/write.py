@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from reconciler.console import (
+    NO_SUCH_SESSION,
     NOT_KNOWN,
     TRY_AGAIN,
     Common,
@@ -22,7 +23,6 @@ from reconciler.console import (
     print_json,
     seconds,
 )
-from reconciler.errors import NoSuchSessionError
 
 if TYPE_CHECKING:
     from reconciler.rpc_writer import BlockingRpcWriter, Delivery, ManyDelivery
@@ -93,17 +93,20 @@ def write(
             delivery = writer.write(sid, line, timeout=timeout, key=key)
     except InvalidMessageError as error:
         raise click.UsageError(str(error)) from error
+    if not delivery.delivered:
+        claims = (Role.SOCKET, Role.PID_FILE)
+        there = any(os.path.lexists(folder / file_name(role, sid)) for role in claims)
+        code, why = (
+            _explain(delivery, folder)
+            if there
+            else (NO_SUCH_SESSION, f"no session {sid} in {folder}")
+        )
+        fail(why, code, told={**_delivery(delivery), **told})
     if as_json:
         print_json({**_delivery(delivery), **told})
-    elif told and delivery.delivered:
+    elif told:
         lines = "1 line" if told["total"] == 1 else f"{told['total']} lines"
         click.echo(f"would write {told['size']} bytes in {lines} to {sid}")
-    if delivery.delivered:
-        return
-    claims = (Role.SOCKET, Role.PID_FILE)
-    if not any(os.path.lexists(folder / file_name(role, sid)) for role in claims):
-        raise NoSuchSessionError(f"no session {sid} in {folder}")
-    _explain(delivery, folder)
 
 
 def _checked(line: str, key: str | None) -> dict[str, object]:
@@ -208,18 +211,20 @@ def _delivery(delivery: Delivery) -> dict[str, object]:
     }
 
 
-def _explain(delivery: Delivery, folder: Path) -> NoReturn:
+def _explain(delivery: Delivery, folder: Path) -> tuple[int, str]:
+    """How to end, and why, where something of the session is there."""
     from reconciler.rpc_writer import Outcome
 
     attempts = f"{len(delivery.attempts)} attempt{'s' if len(delivery.attempts) != 1 else ''}"
     why = f"{delivery.reason.value} ({attempts})"
     if delivery.outcome is Outcome.NOT_DELIVERED:
         hint = _hint(delivery, folder)
-        fail(f"session {delivery.sid}: not delivered, {why}; safe to try again ({hint})", TRY_AGAIN)
+        words = f"session {delivery.sid}: not delivered, {why}; safe to try again ({hint})"
+        return TRY_AGAIN, words
     total, confirmed, unsent = _counts(delivery)
     sure = "" if total == 1 else f" ({confirmed} of {total} lines surely were, {unsent} were not)"
     advice = "look at the session before you send it again"
-    fail(f"session {delivery.sid}: delivery not known, {why}{sure}; {advice}", NOT_KNOWN)
+    return NOT_KNOWN, f"session {delivery.sid}: delivery not known, {why}{sure}; {advice}"
 
 
 def _hint(delivery: Delivery, folder: Path) -> str:
