@@ -94,7 +94,8 @@ class Agents:
         else:
             found = self._of_dead(seen, before.agent if before else None)
         if before is not None and same_keeper and before.agent.state is found.state:
-            return replace(found, since=before.agent.since)
+            found = replace(found, since=before.agent.since)
+            return before.agent if found == before.agent else found  # not held twice
         return found
 
     def _of_living(self, seen: Sighting, keeper: ProcessId, before: Agent | None) -> Agent:

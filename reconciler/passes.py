@@ -86,7 +86,7 @@ class Passes:
 
     def _look_and_act(self, sid: str, served: Served, suspects: Suspects) -> LongWork | None:
         row, manager = self._sessions.row(sid), served.manager
-        seen = suspects.look(served.probe, sid, row.seen)
+        seen = suspects.look(served.probe, row.sid, row.seen)  # the text that the table has
         plan = decide(seen, row.desired, manager.policy, manager.restart_limits)
         news = self._sessions.record(seen, plan)
         self._exits.follow(sid, seen.watched)

@@ -144,7 +144,8 @@ class Probe:
             agent_file=agent_file,
             keeper=keeper,
             listening=asked.listening,
-            listener=asked.listener,
+            # Not held twice: a daemon watches thousands.
+            listener=keeper.process if asked.listener == keeper.process else asked.listener,
             agent=agent,
             rivals=tuple(rivals),
             remote=self.folder.remote,

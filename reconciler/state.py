@@ -72,6 +72,7 @@ class Policy:
 
 
 _LIMITS = RestartLimits()
+_READY = Plan(Verdict.READY, "keeper proven")  # one for all the sessions that are
 
 
 def decide(
@@ -123,7 +124,7 @@ def _decide_living(seen: Observation, desired: Desired, policy: Policy) -> Plan:
     if seen.agent.state is AgentState.NEVER_SEEN and seen.keeper.age < policy.start_grace:
         wait = policy.start_grace - seen.keeper.age
         return Plan(Verdict.STARTING, "no agent seen yet", again_after=wait)
-    return Plan(Verdict.READY, "keeper proven")
+    return _READY
 
 
 def _living(keeper: Keeper) -> ProcessId:

@@ -133,6 +133,8 @@ def test_a_second_look_asks_nothing_that_is_known(
         monkeypatch.setattr(Identity, name, lambda *_: pytest.fail("asked again"))
     second = probe.look(SID, first, now=2.0)
     assert second == replace(first, now=2.0, keeper=replace(first.keeper, age=second.keeper.age))
+    assert second.listener is first.keeper.process, "a daemon holds it once"
+    assert second.agent is first.agent
 
 
 def test_what_changes_is_young(manager: KeeperManager, probe: Probe) -> None:
