@@ -10,6 +10,7 @@ import plistlib
 import pwd
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol
@@ -94,10 +95,11 @@ class Systemd:
             texts[self.hardened] = signed(template(HARDENED))
         changes: list[Step] = [Write(p, text) for p, text in texts.items() if text_of(p) != text]
         changes += [Remove(path) for path in files if path not in texts and path.exists()]
-        start = "restart" if changes else "start"
+        # The program may be a new one, or an install have failed half-way: always restart.
         return [
+            *_systemctl(("show", "--property", "Version")),  # before anything is written
             *changes,
-            *_systemctl(("daemon-reload",), ("enable", UNIT), (start, UNIT)),
+            *_systemctl(("daemon-reload",), ("enable", UNIT), ("restart", UNIT)),
         ]
 
     def uninstall(self, *, force: bool) -> list[Step]:
@@ -116,18 +118,25 @@ class Systemd:
     def status(self) -> Status:
         """What the manager says of it."""
         names = "LoadState,ActiveState,SubState,MainPID,StatusText,ActiveEnterTimestamp"
-        names += ",UnitFileState,FragmentPath,NRestarts"
+        names += ",ActiveEnterTimestampMonotonic,UnitFileState,FragmentPath,NRestarts"
         try:
             done = ask(("systemctl", "--user", "show", UNIT, "--property", names))
         except ServiceError as error:
-            return Status(Running.NOT_KNOWN, {"error": str(error)})
+            return Status(Running.NOT_KNOWN, str(error))
         if done.returncode:
-            return Status(Running.NOT_KNOWN, {"error": done.stderr.strip()})
+            return Status(Running.NOT_KNOWN, done.stderr.strip())
         told = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-        if told.get("LoadState") != "loaded":
-            return Status(Running.NOT_KNOWN, told)
-        runs = told.get("ActiveState") in {"active", "reloading"}
-        return Status(Running.YES if runs else Running.NO, told)
+        began = told.pop("ActiveEnterTimestampMonotonic", "")
+        if (load := told.get("LoadState", "no answer")) != "loaded":
+            return Status(Running.NOT_KNOWN, f"systemd has no unit {UNIT}: {load}", told=told)
+        if (state := told.get("ActiveState", "no answer")) not in {"active", "reloading"}:
+            return Status(Running.NO, f"systemd says: {state}", told=told)
+        uptime = time.monotonic() - int(began) / 1e6 if began.isdecimal() else None
+        return Status(Running.YES, "", _pid(told.get("MainPID")), uptime, told)
+
+
+def _pid(text: str | None) -> int | None:
+    return int(text) or None if text and text.isdecimal() else None
 
 
 def lingers(uid: int, folder: Path = Path("/var/lib/systemd/linger")) -> bool:
@@ -204,12 +213,15 @@ class Launchd:
         refuse_foreign([self.plist], force=force)
         text = signed(plist_text(wanted.command, self._logs))
         service = f"{self._domain}/{LABEL}"
+        asked = Run(("launchctl", "print", self._domain))  # before anything is written
         if text_of(self.plist) == text:  # bootstrap fails for one that is loaded
             return [
+                asked,
                 Run(("launchctl", "bootstrap", self._domain, str(self.plist)), may_fail=True),
-                Run(("launchctl", "kickstart", service)),
+                Run(("launchctl", "kickstart", "-k", service)),
             ]
         return [
+            asked,
             Run(("launchctl", "bootout", service), may_fail=True),
             Write(self.plist, text),
             Run(("launchctl", "enable", service)),
@@ -233,13 +245,14 @@ class Launchd:
         try:
             done = ask(("launchctl", "print", f"{self._domain}/{LABEL}"))
         except ServiceError as error:
-            return Status(Running.NOT_KNOWN, {"error": str(error)})
+            return Status(Running.NOT_KNOWN, str(error))
         if done.returncode:
             known = self.plist.exists()
-            told = {"error": done.stderr.strip()}
-            return Status(Running.NO if known else Running.NOT_KNOWN, told)
+            return Status(Running.NO if known else Running.NOT_KNOWN, done.stderr.strip())
         told = dict(re.findall(r"^\t(state|pid|program|path) = (.*)$", done.stdout, re.MULTILINE))
-        return Status(Running.YES if told.get("state") == "running" else Running.NO, told)
+        if told.get("state") != "running":
+            return Status(Running.NO, f"launchd says: {told.get('state', 'no state')}", told=told)
+        return Status(Running.YES, "", _pid(told.get("pid")), told=told)
 
 
 def plist_text(command: Sequence[str], logs: Path) -> str:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Final
@@ -50,11 +50,17 @@ class Status:
 
     Attributes:
         running: whether it runs.
+        reason: why it is not known to run; empty when it runs.
+        pid: its process, where that is known.
+        uptime: seconds since it was started, where that is known.
         told: what else it says, by its own names.
     """
 
     running: Running
-    told: Mapping[str, str]
+    reason: str
+    pid: int | None = None
+    uptime: float | None = None
+    told: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +236,9 @@ def ask(command: Sequence[str], run: Callable[..., Done] = subprocess.run) -> Do
             check=False,
         )
     except FileNotFoundError:
-        raise ServiceError(f"{command[0]} is not there: is this system run by it?") from None
+        raise ServiceError(
+            f"{command[0]} is not there, so no service can be had: use pi-reconciler run"
+        ) from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServiceError(f"{' '.join(command)}: {error}") from error
 

@@ -41,7 +41,7 @@ COMMANDS = (
     Said(
         "service install --dry-run",
         r"^would run systemctl --user restart pi-reconciler",
-        r"would write /.*would run systemctl --user restart pi-reconciler\.service\n",
+        r"would run systemctl --user show .*would write /.* restart pi-reconciler\.service\n",
     ),
     Said("config path", r"config\.toml", r"/.*/config\.toml\n"),
     Said("doctor || true", r"folder .*, nobody else's", r"ok +settings .*"),

@@ -218,9 +218,9 @@ def test_without_a_service_manager_there_is_nothing_to_ask(
     patient: Patient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert (
-        of("service", patient).found
-        == "no service manager to ask (systemctl is not there: is this system run by it?)"
+    assert of("service", patient).found == (
+        "no service manager to ask "
+        "(systemctl is not there, so no service can be had: use pi-reconciler run)"
     )
 
 

@@ -12,7 +12,9 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -94,7 +96,8 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-UP = ["--user daemon-reload", f"--user enable {UNIT}"]
+ASKED = "--user show --property Version"
+UP = [ASKED, "--user daemon-reload", f"--user enable {UNIT}", f"--user restart {UNIT}"]
 
 
 def test_install_writes_the_unit_starts_it_and_does_no_more_the_second_time(place: Place) -> None:
@@ -106,12 +109,12 @@ def test_install_writes_the_unit_starts_it_and_does_no_more_the_second_time(plac
         f"ExecStart={Path(sys.executable).absolute()} -m reconciler run --log-form json\n" in text
     )
     assert place.unit.stat().st_mode & 0o777 == 0o644
-    assert place.asked() == [*UP, f"--user restart {UNIT}"]
+    assert place.asked() == UP
     assert "loginctl enable-linger" in done.stderr
     before = place.unit.stat()
     assert place.run("install").returncode == 0
     assert place.unit.stat() == before
-    assert place.asked() == [*UP, f"--user start {UNIT}"]
+    assert place.asked() == UP, "the program may be a new one"
     assert [each.name for each in place.unit.parent.iterdir()] == [UNIT]
 
 
@@ -185,7 +188,7 @@ def test_hardening_comes_and_goes(place: Place) -> None:
     place.asked()
     assert place.run("install").returncode == 0
     assert not place.hardened.exists()
-    assert place.asked() == [*UP, f"--user restart {UNIT}"]
+    assert place.asked() == UP
 
 
 @pytest.mark.parametrize("command", ["install", "uninstall"])
@@ -229,24 +232,27 @@ def test_uninstall_stops_it_removes_it_and_is_content_when_it_is_gone(place: Pla
     assert place.asked() == []
 
 
-def test_what_the_manager_says_is_told_in_one_line(place: Place) -> None:
+def test_where_no_manager_answers_nothing_is_written(place: Place) -> None:
     place.fails.write_text("Failed to connect to bus: No medium found\n")
     done = place.run("install")
     assert done.returncode == 1
     assert done.stderr == (
-        "pi-reconciler: systemctl --user daemon-reload: Failed to connect to bus: No medium found "
+        "pi-reconciler: systemctl --user show --property Version: "
+        "Failed to connect to bus: No medium found "
         "(no systemd of your user runs here: log in, not by su; or use pi-reconciler run)\n"
     )
+    assert place.asked() == [ASKED]
+    assert not place.unit.parent.exists()
 
 
 @pytest.mark.parametrize(
     ("answer", "code", "word"),
     [
-        ("LoadState=loaded\nActiveState=active\nMainPID=7\nStatusText=2 ready", 0, "yes"),
-        ("LoadState=loaded\nActiveState=reloading", 0, "yes"),
-        ("LoadState=loaded\nActiveState=inactive", 3, "no"),
-        ("LoadState=loaded\nActiveState=failed", 3, "no"),
-        ("LoadState=loaded\nActiveState=activating", 3, "no"),
+        ("LoadState=loaded\nActiveState=active\nMainPID=7\nStatusText=2 ready", 0, "running"),
+        ("LoadState=loaded\nActiveState=reloading", 0, "running"),
+        ("LoadState=loaded\nActiveState=inactive", 3, "not running"),
+        ("LoadState=loaded\nActiveState=failed", 3, "not running"),
+        ("LoadState=loaded\nActiveState=activating", 3, "not running"),
         ("LoadState=not-found\nActiveState=inactive", 4, "not known"),
         ("LoadState=masked\nActiveState=inactive", 4, "not known"),
         ("", 4, "not known"),
@@ -259,23 +265,39 @@ def test_the_status_ends_as_systemctls_does(
     done = place.run("status", "--json")
     assert done.returncode == code
     told = json.loads(done.stdout)
-    assert told.pop("running") == word
-    assert told == dict(line.split("=", 1) for line in answer.splitlines())
+    assert list(told) == ["state", "reason", "pid", "started_at", "uptime_s", "manager"]
+    assert told["state"] == word.replace(" ", "_")
+    assert told["pid"] == (7 if "MainPID=7" in answer else None)
+    assert told["manager"] == dict(line.split("=", 1) for line in answer.splitlines())
     table = place.run("status")
     assert table.returncode == code
-    assert table.stdout.splitlines()[0].split(maxsplit=1) == ["running", word]
+    head = f"{word}: {told['reason']}" if code else word
+    assert table.stdout.splitlines()[0] == head
+
+
+def test_since_when_it_runs_is_told_as_status_tells_it(place: Place) -> None:
+    began = time.monotonic() - 100
+    place.answer.write_text(
+        f"LoadState=loaded\nActiveState=active\nActiveEnterTimestampMonotonic={int(began * 1e6)}\n"
+    )
+    told = json.loads(place.run("status", "--json").stdout)
+    assert 100 <= told["uptime_s"] <= time.monotonic() - began
+    since = datetime.now(UTC) - datetime.fromisoformat(told["started_at"])
+    assert since.total_seconds() >= 99
+    assert told["started_at"].endswith("Z")
 
 
 def test_a_manager_that_cannot_be_asked_is_not_known(place: Place) -> None:
     place.fails.write_text("Failed to connect to bus\n")
     done = place.run("status")
     assert done.returncode == 4
-    assert "Failed to connect to bus" in done.stdout
+    assert done.stdout == "not known: Failed to connect to bus\n"
     place.path = str(place.home)
     assert place.run("status").returncode == 4
     done = place.run("install")
     assert done.returncode == 1
-    assert "systemctl is not there" in done.stderr
+    assert "systemctl is not there, so no service can be had" in done.stderr
+    assert not place.unit.parent.exists()
 
 
 def test_every_command_of_the_pages_is_understood() -> None:
@@ -387,6 +409,7 @@ def commands(steps: Sequence[object]) -> list[str]:
 def test_an_agent_is_written_and_loaded(launchd: Launchd) -> None:
     steps = launchd.install(WANTED, force=False)
     assert commands(steps) == [
+        "print gui/501",
         f"bootout gui/501/{LABEL}",
         f"enable gui/501/{LABEL}",
         f"bootstrap gui/501 {launchd.plist}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -80,9 +81,18 @@ def test_sessions_outlive_what_befalls_the_service(user: UserManager) -> None:
     assert not re.search("NOTIFY|WATCHDOG", environment.read_text())
     until(lambda: said(user, f"{SHOW} StatusText").startswith("1 ready"), "the status is told")
 
-    # Installed again: nothing changes, nothing is started again.
+    # Installed again: the same unit, and the program that is there now; the same session.
     said(user, "pi-reconciler service install")
-    assert said(user, f"{SHOW} MainPID") == main
+    before, main = main, said(user, f"{SHOW} MainPID")
+    assert main not in {before, "0"}
+    ready(user)
+    told = json.loads(said(user, "pi-reconciler service status --json"))
+    asked = json.loads(said(user, "pi-reconciler status --json"))
+    assert {key: told[key] for key in ("state", "reason", "pid")} == {
+        key: asked[key] for key in ("state", "reason", "pid")
+    }
+    assert told["uptime_s"] > 0
+    assert set(told) - {"manager"} <= set(asked)
 
     # New settings are taken.
     said(user, "systemctl --user reload pi-reconciler")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -62,7 +63,9 @@ def service(ctx: click.Context) -> None:
 )
 @pass_common
 def install(given: Common, *, dry_run: bool, force: bool, hardened: bool) -> None:
-    """Install the service, and start it; again after an upgrade, to have the new unit.
+    """Install the service, and start it; again after an upgrade, to have that one run.
+
+    Whether there is a service manager is asked first: nothing is written where none answers.
 
     It runs this very program, with the --sessions-dir and --config given here. A unit that was
     changed by hand is left alone, unless --force is given; `systemctl --user edit
@@ -107,30 +110,48 @@ def status(*, as_json: bool) -> None:
 
     \b
     In a script:                      pi-reconciler service status > /dev/null || echo down
+    As `status --json`, for another:  pi-reconciler service status --json | jq .state
     """  # noqa: D301 - click wants the real character
     from reconciler.service import Running, ServiceError, Status
 
     try:
         found = _manager().status()
     except ServiceError as error:
-        found = Status(Running.NOT_KNOWN, {"error": str(error)})
+        found = Status(Running.NOT_KNOWN, str(error))
     if as_json:
-        print_json({"running": _WORDS[found.running.value], **found.told})
+        print_json(_plain(found))
     else:
         print_lines(_lines(found))
     sys.exit(found.running.value)
 
 
-_WORDS = {0: "yes", 3: "no", 4: "not known"}
+_STATES = {0: "running", 3: "not_running", 4: "not_known"}
+# As `pi-reconciler status` says them.
 
 
-def _lines(found: Status) -> list[str]:
-    told = [(name, value) for name, value in found.told.items() if value not in {"", "0"}]
-    width = max((len(name) for name, _ in told), default=0)
-    return [
-        f"{'running'.ljust(width)}  {_WORDS[found.running.value]}",
-        *(f"{name.ljust(width)}  {value}" for name, value in told),
-    ]
+def _plain(found: Status) -> dict[str, Any]:
+    from datetime import UTC, datetime, timedelta
+
+    began = None
+    if found.uptime is not None:
+        began = (datetime.now(UTC) - timedelta(seconds=found.uptime)).isoformat()[:-6] + "Z"
+    return {
+        "state": _STATES[found.running.value],
+        "reason": found.reason or None,
+        "pid": found.pid,
+        "started_at": began,
+        "uptime_s": None if found.uptime is None else round(found.uptime, 3),
+        "manager": dict(found.told),
+    }
+
+
+def _lines(found: Status) -> Iterator[str]:
+    from reconciler.columns import aligned
+
+    state = _STATES[found.running.value].replace("_", " ")
+    yield f"{state}: {found.reason}" if found.reason else state
+    if rows := [(name, value) for name, value in found.told.items() if value not in {"", "0"}]:
+        yield from aligned(rows)
 
 
 def _manager() -> Manager:
