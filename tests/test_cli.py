@@ -27,6 +27,8 @@ from conftest import WAIT, alive, bare_socket, end_all, stale_pair, until
 
 from reconciler.cli import _ALIASES, _ARGUMENTS_ELSEWHERE, _ELSEWHERE, _OPTIONS_ELSEWHERE
 from reconciler.cli import cli as group
+from reconciler.commands.write import _hint
+from reconciler.deliveries import Delivery, Outcome, Reason
 from reconciler.state import Policy
 from reconciler.testing import Behaviour, FakeKeeper
 
@@ -446,22 +448,21 @@ def test_write_to_a_socket_that_nobody_listens_on_is_75(cli: Cli) -> None:
     assert (ended.code, ended.json["outcome"], ended.json["unsent"]) == (75, "not_delivered", 1)
 
 
-def test_write_says_what_is_the_matter_and_what_to_do(cli: Cli) -> None:
-    def told(*arguments: str) -> str:
-        return cli.fails(75, "write", "demo", LINE, *arguments).partition("; safe to try again ")[2]
-
-    pid_file = cli.folder / "demo.rpc.sock.pid"
-    pid_file.symlink_to("nowhere")
-    assert told() == "(it has no socket: see pi-reconciler inspect demo)\n"
-    pid_file.unlink()
-    with FakeKeeper(cli.folder, "demo"):
-        assert told("--key", "k") == "(its keeper knows no keys: leave --key out)\n"
-        pid_file.unlink()
-        pid_file.symlink_to("nowhere")
-        assert told() == "(see pi-reconciler inspect demo)\n"
-    with FakeKeeper(cli.folder, "other", Behaviour.NO_ACCEPT):
-        words = "stopped (kill -CONT) or hangs (pi-reconciler stop other))\n"
-        assert cli.fails(75, "write", "other", LINE).endswith(words)
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (Reason.NO_SOCKET, "it has no socket: see pi-reconciler inspect demo"),
+        (Reason.NO_KEYS, "its keeper knows no keys: leave --key out"),
+        (Reason.BACKLOG_FULL, "stopped (kill -CONT) or hangs (pi-reconciler stop demo)"),
+        (Reason.TIMED_OUT_BEFORE, "stopped (kill -CONT) or hangs (pi-reconciler stop demo)"),
+        (Reason.BAD_PID_FILE, "see pi-reconciler inspect demo"),
+    ],
+)
+def test_write_says_what_is_the_matter_and_what_to_do(reason: Reason, words: str) -> None:
+    met = Delivery(
+        sid="demo", outcome=Outcome.NOT_DELIVERED, reason=reason, attempts=(), elapsed=0, size=3
+    )
+    assert _hint(met, Path("/nowhere")).endswith(words)
 
 
 @pytest.mark.parametrize("above", [False, True])
