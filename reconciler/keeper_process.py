@@ -1255,7 +1255,7 @@ class Keeper:
     def _tick(self) -> None:
         now = time.monotonic()
         self._wire.tick()
-        if now >= self._ready_at() and self._exit_code is None:
+        if now >= self._ready_at() and self._exit_code is None and not self._has_ended():
             self._ready = True
             self._say("info", "keeper.ready", f"keeper ready: {self._sid}")
             self._notice.tell("ready", pid=os.getpid(), agent_pid=self._agent.pid)
@@ -1283,21 +1283,27 @@ class Keeper:
 
     def _on_signals(self) -> None:
         arrived = set(os.read(self._wake, 4096))
-        if signal.SIGCHLD in arrived and (code := self._agent.reap()) is not None:
-            self._on_exec()
-            if self._exit_code is None:
-                self._on_agent_exit(code)
-        elif arrived & set(ENDING):
+        if signal.SIGCHLD in arrived and self._has_ended():
+            return
+        if arrived & set(ENDING):
             self._exit_code = 0
         elif signal.SIGHUP in arrived:
             self._remake_files()
 
+    def _has_ended(self) -> bool:
+        """Whether the agent has; then that is told. Its time may be over before the signal came."""
+        code = self._agent.reap()
+        if code is not None:
+            self._on_exec()
+            if self._exit_code is None:
+                self._on_agent_exit(code)
+        return code is not None
+
     def _on_agent_exit(self, code: int) -> None:
-        lived = time.monotonic() - self._agent.started
         how = f"with code {code}" if code >= 0 else f"by signal {-code}"
         said = {"exit_code": code} if code >= 0 else {"signal": -code}
         self._say("info", "keeper.agent_exited", f"agent ended {how}", **said)
-        if lived < READY_AFTER:
+        if not self._ready:  # nobody was told that it is; by the clock we may be late
             self._give_up("agent_exited", f"the agent ended {how} within 300 ms")
         else:
             self._exit_code = 0

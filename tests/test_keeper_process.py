@@ -284,6 +284,18 @@ def test_agent_that_ends_at_once(session: Session, agent: list[str]) -> None:
     assert "keeper.ready" not in session.events()
 
 
+def test_agent_that_ends_at_once_while_its_keeper_stands_still(session: Session) -> None:
+    """As on a machine that is very busy: that the agent has failed is said all the same."""
+    process = session.start(["/bin/sh", "-c", "kill -STOP $PPID; exit 7"], wait="listening")
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    time.sleep(0.35)  # an agent that lived for so long would be ready
+    process.send_signal(signal.SIGCONT)
+    told = session.told()
+    assert (told["event"], told["reason"]) == ("failed", "agent_exited")
+    assert "code 7" in told["detail"]
+    assert session.wait() == 1
+
+
 @pytest.mark.parametrize("code", [0, 7])
 def test_agent_that_ends_later(session: Session, code: int) -> None:
     session.start(["/bin/sh", "-c", f"read line; exit {code}"])
