@@ -34,7 +34,7 @@ def render(fields: Mapping[str, object], truncated: str = "truncated") -> bytes:
         line = _ENCODER.encode(fields)
     except Exception:  # noqa: BLE001 - a value that is no JSON, in whatever way
         return _with_care(fields, truncated)
-    if len(line) >= LONGEST or line.find(b"{", 1) >= 0 or line.find(b"[") >= 0:
+    if len(line) >= LONGEST or line.count(b"{") > 1 or b"[" in line:
         return _with_care(fields, truncated)  # it has lists, perhaps, or no more than brackets
     return line
 
@@ -79,7 +79,7 @@ def _is_nested(encoded: bytes) -> bool:
 
 def _encode(text: str) -> bytes:
     """A text as JSON, where lone surrogates are written out."""
-    return _ENCODER.encode(text.encode("utf-8", "backslashreplace").decode())
+    return _ENCODER.encode(text.encode(errors="backslashreplace").decode())
 
 
 def _shortened(values: Mapping[bytes, bytes], room: int) -> dict[bytes, bytes]:

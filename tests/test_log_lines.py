@@ -162,14 +162,22 @@ def test_any_exception_becomes_one_short_flat_line(text: str, how: object) -> No
     assert strict(line)["event"] == "session.failed"
 
 
+def test_what_is_no_flat_value_is_told_as_a_text() -> None:
+    told = strict(render({"a": {"b": 1}, "c": [[1]], "d": [1], "e": 1j, "f": Unspeakable()}))
+    assert told == {"a": '{"b":1}', "c": "[[1]]", "d": [1], "e": "1j", "f": "<Unspeakable>"}
+    assert strict(render({"a": [[1]]})) == {"a": "[[1]]"}
+    assert strict(render({"a": {"b": 1}})) == {"a": '{"b":1}'}
+
+
 # -- What is cut ------------------------------------------------------------------------------
 
 
-def test_a_line_as_long_as_it_may_be_is_left_alone() -> None:
-    empty = len(render({"event": "event.name", "text": ""}))
-    longest = {"event": "event.name", "text": "x" * (LONGEST - 1 - empty)}
-    assert strict(render(longest)) == longest
-    told = strict(render({"event": "event.name", "text": longest["text"] + "x"}))
+@pytest.mark.parametrize("event", ["event.name", ["event", "name"]], ids=["text", "list"])
+def test_a_line_as_long_as_it_may_be_is_left_alone(event: object) -> None:
+    empty = len(render({"event": event, "text": ""}))
+    text = "x" * (LONGEST - 1 - empty)
+    assert strict(render({"event": event, "text": text})) == {"event": event, "text": text}
+    told = strict(render({"event": event, "text": text + "x"}))
     assert told["truncated"] > 0
 
 
@@ -212,7 +220,9 @@ def test_where_there_are_too_many_keys_the_last_ones_are_left_out() -> None:
 def test_what_is_for_a_program_of_ours_is_neither_flat_nor_short() -> None:
     fields = {"sessions": {"ready": 1}, "text": "x" * 2 * LONGEST}
     assert json.loads(encode(fields)) == fields
-    assert strict(encode({"event": "event.name", "odd": "\udc80"}))["odd"] == "\\udc80"
+    told = strict(encode({"event": "event.name", "odd": "\udc80", "text": fields["text"]}))
+    assert told["odd"] == "\\udc80"
+    assert told["truncated"] > LONGEST, "what is no JSON is told with care"
 
 
 def test_every_level_has_its_number_for_opentelemetry_and_for_syslog() -> None:
