@@ -135,6 +135,8 @@ def test_only_the_end_of_a_log_is_read(opened: Folder) -> None:
     assert ending_of(opened, "s") is Ending.KILLED
     path.write_bytes(b"x" * TAIL + b"\n" + log(START, exited(exit_code=3), STOP))
     assert ending_of(opened, "s") is Ending.FAILED
+    path.write_bytes(log(STOP))
+    assert ending_of(opened, "s") is Ending.ASKED, "a short one whole"
 
 
 @pytest.mark.parametrize("kind", ["nothing", "link", "fifo", "folder"])
