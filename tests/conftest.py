@@ -30,7 +30,7 @@ from raw_keeper import session as session  # noqa: PLC0414
 from reconciler import launches
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
-from reconciler.layout import KEEPER_PROGRAM
+from reconciler.layout import FOLDER_MARKER, KEEPER_PROGRAM
 from reconciler.logs import Level, make_logger
 from reconciler.observations import ProcessId
 from reconciler.processes import SYSTEM
@@ -175,11 +175,20 @@ def folder() -> Iterator[Path]:
 
 
 def end_all(folder: Path) -> None:
-    """Kill the keepers of a test's folder and their agents."""
+    """Kill the keepers of a test's folder, their agents, and what these have started.
+
+    The number of a folder that is removed is given to the next one, and what carries it in its
+    marker would be taken for a leftover there.
+    """
     if not folder.is_dir():
         return
     status = folder.stat()
+    mark = f"{status.st_dev}:{status.st_ino}"
     for pid in SYSTEM.pids():
+        if SYSTEM.variable(pid, FOLDER_MARKER) == mark:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            continue
         arguments = SYSTEM.arguments(pid) or ()
         if not any(a.endswith((KEEPER_PROGRAM.name, NODE_KEEPER.name)) for a in arguments):
             continue
