@@ -313,8 +313,11 @@ class Reconciler:
         Raises:
             FolderError: the folder cannot be looked at, or not be acted upon.
         """
-        horizon = time.monotonic() + self.manager.policy.settle + 0.5
         self._queue.add(LOOK_AT_ALL, AT_ONCE)
+        while self._queue.busy_until(time.monotonic()):  # noqa: ASYNC110 - as below
+            await asyncio.sleep(0.005)
+        # The settle time of what that look has found begins with it, however late it was.
+        horizon = time.monotonic() + self.manager.policy.settle + 0.5
         while self._queue.busy_until(horizon):  # noqa: ASYNC110 - tasks and a thread in one
             await asyncio.sleep(0.005)
         if self.trouble:
