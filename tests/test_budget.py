@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reconciler.budget import Log, LogBudget, Step, Why, grown, steps
+from reconciler.budget import FIRST_DAY, Log, LogBudget, Step, Why, grown, steps
 from reconciler.observations import FileId
 
 NOW = 2_000_000_000.0
@@ -66,6 +66,7 @@ def test_what_was_written_by_a_clock_that_had_not_been_set_is_of_no_known_age() 
     assert told([unset, long]) == [("b", Why.EACH, 100)]
     living = log("c", 950, 1, ended=False)
     assert told([unset, long, living]) == [("a", Why.TOTAL, 0), ("b", Why.TOTAL, 0)]
+    assert told([log("d", 9, NOW - FIRST_DAY)]) == [("d", Why.AGE, 0)], "from that day on it is"
 
 
 def test_what_is_cut_keeps_whole_bytes_and_one_at_least() -> None:

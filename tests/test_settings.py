@@ -405,18 +405,18 @@ def test_all_sources_tell_what_is_wrong_at_once(tmp_path: Path) -> None:
     path.write_text("resync = 0\nfoo = 1\n")
     environ = {"PI_RECONCILER_ZZZZZZ": "1", "PI_RECONCILER_LOG_LEVEL": "loud"}
     with pytest.raises(SettingsError) as caught:
-        load(path, environ=environ, flags={"sessions_dir": 5})
+        load(path, environ=environ, flags={"log_budget.total": 5})
     told = [
         f"{path}: resync",
         f"{path}: foo",
         "environment: PI_RECONCILER_ZZZZZZ",
         "environment: PI_RECONCILER_LOG_LEVEL",
-        "command line: --sessions-dir",
+        "command line: --log-budget-total",
     ]
     assert [problem.partition(" is ")[0] for problem in caught.value.problems] == told
-    *_, level, folder = caught.value.problems
+    *_, level, total = caught.value.problems
     assert level.endswith(f" is 'loud', allowed: {KEYS['log.level'].allowed}")
-    assert folder.endswith(f" is 5, allowed: {KEYS['sessions_dir'].allowed}")
+    assert total.endswith(f" is 5, allowed: {KEYS['log_budget.total'].allowed}")
     parts = [problem.partition(" is ")[0] for problem in str(caught.value).split("; ")]
     assert parts == [told[0], "foo", told[2], "PI_RECONCILER_LOG_LEVEL", told[4]]
 
