@@ -231,7 +231,7 @@ class Reconciler:
         if served is not None and not reason:
             kept = self.manager.keep_no_longer(served.folder, sid)
         try:
-            seen = self.manager.inspect(sid).seen
+            found = await asyncio.to_thread(self.manager.inspect, sid)  # all processes are scanned
         except NoSuchSessionError:
             self.sessions.want(sid, Desired.ABSENT)  # a wish that it were there ends, too
             self._queue.add(sid, AT_ONCE)
@@ -239,6 +239,7 @@ class Reconciler:
                 raise
             await self.wait_for(sid, _is_over)  # it may be being started again
             return StoppedSession(sid, None, time.monotonic() - begun)
+        seen = found.seen
         keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
         if served is None or reason:
             raise UnverifiableError(f"session {sid} was left alone: {reason}")
