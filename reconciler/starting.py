@@ -90,7 +90,7 @@ class Starter:
             while True:
                 try:
                     held.enter_context(noted(self._folder, request.sid, to_write=True))
-                except NotKeptError:
+                except (NotKeptError, PermissionError):  # what may not be written to holds nobody
                     break
                 except AlreadyRunningError:
                     if time.monotonic() > deadline:
@@ -146,10 +146,11 @@ class Starter:
             note.write(RestartRecord(note.launch.policy), failed=True)
             try:
                 note_wish(self._folder, sid, leave=leave)
-                await end_session(seen, self._probe, self._policy, self._ladder)
+                # Who stops it removes the note first: what is seen without it is a newer session.
+                await end_session(seen, self._probe, self._policy, self._ladder, note.stands)
                 if not leave:
                     await end_leftovers(sid, self._probe, self._ladder)
-            except ReconcilerError:
+            except Exception:
                 note.write(before, failed=failed)
                 raise
             try:

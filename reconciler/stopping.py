@@ -12,12 +12,18 @@ from dataclasses import dataclass
 
 from reconciler import launches
 from reconciler.effects import Done, Effects
-from reconciler.errors import FolderError, ReconcilerError, StillAliveError, UnverifiableError
+from reconciler.errors import (
+    FolderError,
+    NoSuchSessionError,
+    ReconcilerError,
+    StillAliveError,
+    UnverifiableError,
+)
 from reconciler.folder import Folder
 from reconciler.ladder import Ladder
 from reconciler.leftovers import forget_wish, wish_to_leave
 from reconciler.observations import KeeperState, Observation, ProcessId
-from reconciler.plans import Instant, Plan, Stop, StopLeftovers, Verdict
+from reconciler.plans import Action, Instant, Plan, Stop, StopLeftovers, Verdict
 from reconciler.probe import Probe
 from reconciler.processes import Target, is_over
 from reconciler.state import Desired, Policy, decide
@@ -81,7 +87,13 @@ def note_wish(folder: Folder, sid: str, *, leave: bool) -> None:
         ) from error
 
 
-async def end_session(seen: Observation, probe: Probe, policy: Policy, ladder: Ladder) -> None:
+async def end_session(
+    seen: Observation,
+    probe: Probe,
+    policy: Policy,
+    ladder: Ladder,
+    still_the_one: Callable[[], bool] = lambda: True,
+) -> None:
     """Look, decide, act, and look again until the session is over.
 
     Args:
@@ -89,8 +101,10 @@ async def end_session(seen: Observation, probe: Probe, policy: Policy, ladder: L
         probe: looks at the folder.
         policy: the times that decisions depend on.
         ladder: how processes are ended.
+        still_the_one: asked after each look; if not, it was another session that was seen.
 
     Raises:
+        NoSuchSessionError: it is not the one any more. The other one was left alone.
         UnverifiableError: whose its process or file is cannot be proven.
         StillAliveError: a process hangs in the kernel and outlives SIGKILL.
         ReconcilerError: the system refused.
@@ -99,18 +113,12 @@ async def end_session(seen: Observation, probe: Probe, policy: Policy, ladder: L
     failures = 0
     processes = set(processes_of(seen))
     while (plan := decide(seen, Desired.ABSENT, policy)).verdict not in _OVER:
+        if not still_the_one():
+            raise NoSuchSessionError(f"session {seen.sid} was stopped meanwhile")
         if not plan.actions and plan.again_after is None:
             raise UnverifiableError(f"session {seen.sid} was left alone: {plan.reason}")
         for action in plan.actions:
-            try:
-                if isinstance(action, Instant):
-                    done = effects.instant(seen, action)
-                elif isinstance(action, Stop):
-                    done = await effects.stop(seen, action)
-                else:  # what is not wanted is not started
-                    raise TypeError(f"this is no part of a stop: {action}")
-            except OSError as error:
-                raise ReconcilerError(f"session {seen.sid}: {error}") from error
+            done = await _act(effects, seen, action)
             failures = 0 if done.success else failures + 1
             if failures and "alive" in done.detail:
                 raise StillAliveError(f"session {seen.sid} was not ended: {done.detail}")
@@ -121,6 +129,17 @@ async def end_session(seen: Observation, probe: Probe, policy: Policy, ladder: L
         seen = probe.look(seen.sid, seen)
         processes |= processes_of(seen)
     await outlast(processes, ladder)
+
+
+async def _act(effects: Effects, seen: Observation, action: Action) -> Done:
+    try:
+        if isinstance(action, Instant):
+            return effects.instant(seen, action)
+        if isinstance(action, Stop):
+            return await effects.stop(seen, action)
+    except OSError as error:
+        raise ReconcilerError(f"session {seen.sid}: {error}") from error
+    raise TypeError(f"this is no part of a stop: {action}")  # what is not wanted is not started
 
 
 async def end_leftovers(

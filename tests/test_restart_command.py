@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -12,17 +13,30 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from conftest import HUNG, SINK, Daemon, alive, asynchronous, program_environment, until
+from conftest import (
+    HUNG,
+    SINK,
+    Daemon,
+    alive,
+    as_nobody,
+    asynchronous,
+    note_down,
+    program_environment,
+    root,
+    until,
+)
 from test_cli import Cli, Ended
 from test_cli import cli as cli  # noqa: PLC0414 - a fixture
 from test_restart_policies import NODE, manager_of, note_of
 from test_restart_policies import quick as quick  # noqa: PLC0414 - a fixture
 
 from reconciler import launches, starting
+from reconciler.effects import Done, Effects
 from reconciler.errors import (
     AgentExitedError,
     AgentNotFoundError,
     AlreadyRunningError,
+    KeeperStartError,
     NoSuchSessionError,
     NotKeptError,
     UnverifiableError,
@@ -30,8 +44,9 @@ from reconciler.errors import (
 from reconciler.folder import Folder
 from reconciler.keeper import KeeperManager
 from reconciler.ladder import Ladder
-from reconciler.launches import Note
-from reconciler.plans import Verdict
+from reconciler.launches import Launch, Note
+from reconciler.observations import Observation
+from reconciler.plans import Stop, Verdict
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM
 from reconciler.requests import OUR_KEEPER, KeeperRequest
@@ -138,19 +153,24 @@ async def test_one_that_waits_or_was_given_up_is_started_at_once(folder: Path) -
 # What comes between.
 
 
+@pytest.mark.parametrize(
+    "error",
+    [UnverifiableError("session s was left alone: a reason"), OSError(errno.EMFILE, "no room")],
+    ids=["refused", "system"],
+)
 @asynchronous
 async def test_one_that_is_not_ended_is_as_it_was(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fails(*_: object) -> None:
         assert noted(folder).failed, "should this be killed, it is started again"
-        raise UnverifiableError("session s was left alone: a reason")
+        raise error
 
     manager = manager_of(folder)
     await manager.spawn("s", agent_command=SINK, restart="always")
     before = note_of(folder).read_text()
     monkeypatch.setattr(starting, "end_session", fails)
-    with pytest.raises(UnverifiableError):
+    with pytest.raises(type(error)):
         await manager.restart("s")
     assert note_of(folder).read_text() == before
     assert phase(manager) is V.READY
@@ -195,6 +215,49 @@ async def test_who_stops_it_meanwhile_wins(folder: Path, monkeypatch: pytest.Mon
     with pytest.raises(NoSuchSessionError, match="stopped while it was started again"):
         await manager.restart("s")
     assert manager.find() == []
+
+
+@asynchronous
+async def test_who_stops_it_meanwhile_and_spawns_another_one_keeps_that(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, other = manager_of(folder), manager_of(folder)
+    await manager.spawn("s", agent_command=SINK, restart="always")
+    spawned = []
+    really_stop = Effects.stop
+
+    async def stop(effects: Effects, seen: Observation, action: Stop) -> Done:
+        monkeypatch.setattr(Effects, "stop", really_stop)
+        done = await really_stop(effects, seen, action)
+        await other.stop("s")
+        spawned.append(await other.spawn("s", agent_command=SINK, restart="always"))
+        return done
+
+    monkeypatch.setattr(Effects, "stop", stop)
+    with pytest.raises(NoSuchSessionError, match="was stopped meanwhile"):
+        await manager.restart("s")
+    assert alive(spawned[0].keeper_pid)
+    assert phase(manager) is V.READY
+    assert not noted(folder).failed
+
+
+@root
+@asynchronous
+async def test_a_note_that_may_not_be_written_to_keeps_nobody_from_spawning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(*_: object) -> Started:
+        raise KeeperStartError("it was tried")
+
+    monkeypatch.setattr(starting, "start", start)
+    with Folder(folder) as here:
+        note_down(here, "s", Launch(policy="always", cwd="/"))
+    note_of(folder).chmod(0o400)
+    for path in (*list(folder.parents)[:3], folder, note_of(folder)):
+        os.chown(path, 65534, 65534)
+    with as_nobody(), pytest.raises(KeeperStartError, match="it was tried"):
+        await manager_of(folder).spawn("s", agent_command=SINK, cwd="/")
+    assert not note_of(folder).exists()
 
 
 @asynchronous
