@@ -73,7 +73,7 @@ class Notifier:
     def _tell(self, *assignments: str) -> None:
         if self._socket is None:
             return
-        message = "\n".join(assignments).encode("utf-8", "backslashreplace")
+        message = "\n".join(assignments).encode()
         with contextlib.suppress(OSError):  # it is gone, or does not read
             self._socket.sendto(message, self._address)
 

@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -70,6 +71,12 @@ def until(condition: Callable[[], object], what: str = "") -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"waited {WAIT:g} s in vain: {what or condition}")
         time.sleep(0.002)
+
+
+def open_descriptors() -> set[str]:
+    """This process's descriptors, but for those that the garbage of earlier tests held."""
+    gc.collect()
+    return set(os.listdir("/proc/self/fd"))
 
 
 async def soon(awaitable: Awaitable[Session]) -> Session:

@@ -54,10 +54,6 @@ def until(done: Callable[[], T | None], what: str = "the moment") -> T:
     return found
 
 
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 # -- Keepers that are real --------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from conftest import (
     end_all,
     happens,
     identity,
+    open_descriptors,
     root,
     sessions_folder,
     soon,
@@ -1231,7 +1232,7 @@ async def test_leaving_leaves_every_keeper_agent_and_file_as_it_was(
 @asynchronous
 async def test_leaving_at_once_leaves_nothing_behind_in_the_program(folder: Path) -> None:
     stale_pair(folder, SID)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     told = Told()
     for _ in range(20):
         async with Reconciler(manager_of(folder), logger=told.logger):
@@ -1240,7 +1241,7 @@ async def test_leaving_at_once_leaves_nothing_behind_in_the_program(folder: Path
             await asyncio.sleep(0)
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert len(claims_of(folder)) == 2
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
     assert {line["event"] for line in told.lines} == {"reconciler.started", "reconciler.stopped"}
 
 
@@ -1251,12 +1252,12 @@ async def test_one_that_cannot_begin_holds_nothing(
     def none_left(_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     with monkeypatch.context() as patched:
         patched.setattr(inotify._FolderEmitter, "start", none_left)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             await Reconciler(manager_of(folder), logger=Told().logger).__aenter__()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
     async with running(manager_of(folder)):
         pass
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
+from conftest import open_descriptors
 from delivery_scene import (
     HASTY,
     PATIENT,
@@ -24,7 +25,6 @@ from delivery_scene import (
     before_connection,
     moment,
     named_as_ours,
-    open_descriptors,
     until,
 )
 from delivery_scene import face as face  # noqa: PLC0414 - fixtures
@@ -91,9 +91,9 @@ def test_an_unconfirmed_one_is_written_again_without_fear(
     if which == "agent":
         assert face.write(scene.folder, filling, PATIENT).delivered
     room_left = (which, message) == ("agent", SMALL)
-    before = open_descriptors()
+    before = len(open_descriptors())
     first = face.write(scene.folder, message, PATIENT if room_left else HASTY, key="k")
-    assert open_descriptors() == before
+    assert len(open_descriptors()) == before
     if room_left:
         assert first.delivered
     else:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import WAIT, dead_pid, identity
+from conftest import WAIT, dead_pid, identity, open_descriptors
 
 from reconciler import exits as exits_module
 from reconciler.exits import Exits
@@ -63,9 +63,9 @@ def run(test: Callable[[Followed], Awaitable[None]]) -> None:
         async with following() as followed:
             await test(followed)
 
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     asyncio.run(main())
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 @pytest.fixture
@@ -175,10 +175,10 @@ def test_following_again_changes_nothing(sleepers: list[subprocess.Popen[bytes]]
 
     async def test(followed: Followed) -> None:
         followed.exits.follow("s1", frozenset({first}))
-        before = set(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         for _ in range(50):
             followed.exits.follow("s1", frozenset({first}))
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() == before
         sleepers[0].kill()
         await followed.told(1)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import bare_socket, root, until
+from conftest import bare_socket, open_descriptors, root, until
 from stand_ins import NOBODY, listening
 
 from reconciler import folder as folder_module
@@ -27,10 +27,6 @@ NOW = 7.0
 def opened(folder: Path) -> Iterator[Folder]:
     with Folder(folder) as opened:
         yield opened
-
-
-def descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
 
 
 # What stands under a name.
@@ -88,9 +84,9 @@ def plant(path: Path, kind: str, good: str) -> None:
 def test_hostile(opened: Folder, kind: str, good: str) -> None:
     plant(opened.path / NAME, kind, good)
     look = opened.socket_entry if good == "socket" else opened.pid_entry
-    before = descriptors()
+    before = open_descriptors()
     entry = look(NAME, NOW)
-    assert descriptors() == before
+    assert open_descriptors() == before
     assert entry.kind is EntryKind.HOSTILE
     assert HOSTILE[kind] in entry.detail
     assert entry.file is None
@@ -267,9 +263,9 @@ def test_names_are_those_that_are_text(opened: Folder) -> None:
 
 def test_ask_a_listener(opened: Folder) -> None:
     with listening(opened.path, NAME) as (pid,):
-        before = descriptors()
+        before = open_descriptors()
         assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
-        assert descriptors() == before
+        assert open_descriptors() == before
 
 
 def test_ask_where_nobody_listens(opened: Folder) -> None:
@@ -281,7 +277,7 @@ def test_ask_one_after_the_other(opened: Folder) -> None:
     """What a dead one has refused asks the next: that costs no answer and no descriptor."""
     bare_socket(opened.path / "dead.rpc.sock")
     assert opened.ask("dead.rpc.sock") == Peer(Answer.REFUSED)
-    before = len(descriptors())
+    before = len(open_descriptors())
     with listening(opened.path, NAME) as (pid,):
         for _ in range(3):
             assert opened.ask("dead.rpc.sock") == Peer(Answer.REFUSED)
@@ -289,7 +285,7 @@ def test_ask_one_after_the_other(opened: Folder) -> None:
             assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
             assert opened.ask(NAME) == Peer(Answer.ACCEPTED, pid, alive=True)
     assert opened.ask(NAME) == Peer(Answer.REFUSED)
-    assert len(descriptors()) == before
+    assert len(open_descriptors()) == before
 
 
 def test_ask_where_nothing_is(opened: Folder) -> None:
@@ -329,9 +325,9 @@ def test_a_listener_that_has_bound_another_name_is_not_named(
 @pytest.mark.parametrize("kind", ["FIFO", "folder", "link to a file"])
 def test_ask_what_is_no_socket(opened: Folder, kind: str) -> None:
     plant(opened.path / NAME, kind, "socket")
-    before = descriptors()
+    before = open_descriptors()
     assert opened.ask(NAME) == Peer(Answer.CANNOT_TELL)
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 def test_ask_a_socket_of_another_type(opened: Folder) -> None:
@@ -448,11 +444,11 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 
 def test_close_twice(folder: Path) -> None:
-    before = descriptors()
+    before = open_descriptors()
     opened = Folder(folder)
     opened.close()
     opened.close()
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 def test_a_local_folder_is_not_remote(opened: Folder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -52,12 +53,12 @@ def test_each_state_is_one_message(manager: Listening, environ: dict[str, str]) 
     notifier = Notifier(environ)
     before = time.monotonic_ns() // 1000
     notifier.ready()
-    notifier.status("2 ready\nREADY=0 \x1b[31m")
+    notifier.status("2 ready\nREADY=0 \x1b[31m\udc80é")
     notifier.alive()
     notifier.reloading()
     notifier.stopping()
     told = manager.read()
-    assert told[:3] == ["READY=1", "STATUS=2 ready?READY=0 ?[31m", "WATCHDOG=1"]
+    assert told[:3] == ["READY=1", "STATUS=2 ready?READY=0 ?[31m?é", "WATCHDOG=1"]
     reloading, clock = told[3].split("\n")
     assert reloading == "RELOADING=1"
     assert before <= int(clock.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
@@ -68,6 +69,37 @@ def test_each_state_is_one_message(manager: Listening, environ: dict[str, str]) 
     notifier.ready()
     assert len(manager.read()) == 5
     assert not notifier
+
+
+def test_what_is_for_us_alone_is_taken_out_whether_there_is_a_manager_or_not() -> None:
+    for address in ("", "/x", "@x"):
+        ours = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "5000000", "WATCHDOG_PID": ""}
+        environ = {**ours, "OTHER": "1"}
+        notifier = Notifier(environ)
+        assert environ == {"OTHER": "1"}
+        assert notifier.watchdog == (5.0 if address else None)
+        assert bool(notifier) == bool(address)
+        notifier.close()
+
+
+def test_a_manager_may_name_no_process_and_want_no_sign_of_life(environ: dict[str, str]) -> None:
+    for more, watchdog in (({"WATCHDOG_USEC": "5000000"}, 5.0), ({}, None)):
+        notifier = Notifier({**environ, **more})
+        assert notifier.watchdog == watchdog
+        notifier.close()
+
+
+def test_without_a_descriptor_nobody_is_told(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]
+) -> None:
+    def none_left(*_: int) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(socket, "socket", none_left)
+        notifier = Notifier(environ)
+    assert not notifier
+    notifier.ready()
 
 
 def test_an_abstract_socket_is_a_socket_too() -> None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import alive, as_nobody, dead_pid, identity, root, until
+from conftest import alive, as_nobody, dead_pid, identity, open_descriptors, root, until
 from stand_ins import ending
 
 from reconciler import facts as facts_room
@@ -57,14 +57,10 @@ def is_zombie(pid: int) -> bool:
     return text[text.rindex(")") + 2] == "Z"
 
 
-def descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
-
-
 def pidfds() -> int:
     """How many pidfds this process holds."""
     count = 0
-    for name in descriptors():
+    for name in open_descriptors():
         with contextlib.suppress(OSError):
             count += "pidfd" in os.readlink(f"/proc/self/fd/{name}")
     return count
@@ -632,18 +628,18 @@ def test_without_a_descriptor_nobody_is_signalled(victim: subprocess.Popen[str])
 def test_a_target_leaks_no_descriptor(victim: subprocess.Popen[str]) -> None:
     line(victim)
     process = identity(victim.pid)
-    before = descriptors()
+    before = open_descriptors()
 
     def fail() -> bool:
         raise OSError("cannot ask")
 
     with pytest.raises(OSError, match="cannot ask"):
         Target(process, fail)
-    assert descriptors() == before
+    assert open_descriptors() == before
     target = Target(process, lambda: False)
     target.close()
     target.close()
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("number", ["ENOSYS", "EPERM", "EINVAL"])

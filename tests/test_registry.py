@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import open_descriptors
 
 from reconciler.registry import LIMIT, Registry
 
@@ -42,9 +43,9 @@ class Told:
 @pytest.fixture
 def told(tmp_path: Path) -> Iterator[Told]:
     told = Told(tmp_path / "headless-pids.json")
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield told
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def without(*keys: str) -> dict[str, object]:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import WAIT
+from conftest import WAIT, open_descriptors
 from delivery_scene import (
     FACES,
     HASTY,
@@ -35,7 +35,6 @@ from delivery_scene import (
     before_connection,
     moment,
     named_as_ours,
-    open_descriptors,
     until,
 )
 from delivery_scene import face as face  # noqa: PLC0414 - fixtures
@@ -328,9 +327,9 @@ TABLE = [
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name.replace(" ", "-"))
 def test_outcome(scene: Scene, face: Face, row: Row) -> None:
     row.arrange(scene)
-    before = open_descriptors()
+    before = len(open_descriptors())
     delivery = face.write(scene.folder, row.message, row.policy, row.timeout)
-    assert open_descriptors() == before or scene.faked  # whose ends are in this process too
+    assert len(open_descriptors()) == before or scene.faked  # whose ends are in this process too
 
     size = len(encode(row.message))
     *failed, last = delivery.attempts
@@ -458,7 +457,7 @@ def test_no_descriptors_left(scene: Scene, face: Face) -> None:
             while True:
                 taken.append(os.dup(0))
 
-    soft, hard = resource_limit(open_descriptors() + 40)
+    soft, hard = resource_limit(len(open_descriptors()) + 40)
     try:
         if isinstance(face, Async):
             delivery = asyncio.run(_with_none_left(scene.folder, take_all, taken))
@@ -713,14 +712,14 @@ def test_a_stream_goes_at_the_keepers_pace_and_gives_up(scene: Scene, face: Face
 def test_a_stream_left_by_an_exception_is_abandoned(scene: Scene) -> None:
     keeper = scene.fake(Behaviour.RECEIPT)
     writer = BlockingRpcWriter(scene.folder)
-    before = open_descriptors()
+    before = len(open_descriptors())
     stream = writer.stream(SID)
     with contextlib.suppress(KeyError), stream:
         stream.send({"n": 1})
         raise KeyError
     assert stream.delivery is not None
     assert (stream.delivery.outcome, stream.delivery.reason) == (U, Reason.ABANDONED)
-    until(lambda: open_descriptors() == before)  # the fake keeper's end is in this process too
+    until(lambda: len(open_descriptors()) == before)  # the fake keeper's end is in this process too
     assert len(writer._desk.lanes) == 0
     keeper.wait_received(1)
     with pytest.raises(StreamBrokenError):
@@ -910,14 +909,14 @@ def test_a_cancelled_write_closes_its_connection(scene: Scene, message: Message)
 
     async def run() -> None:
         writer = RpcWriter(scene.folder, policy=PATIENT)
-        before = open_descriptors()
+        before = len(open_descriptors())
         task = asyncio.create_task(writer.write(SID, message))
         waits = SENDING if message is BIG else RECEIPT
         await moment(scene, waits)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert open_descriptors() == before
+        assert len(open_descriptors()) == before
         assert len(writer._desk.lanes) == 0
         keeper.process.go_on()
         assert (await writer.write(SID, {"n": 2})).delivered
@@ -956,13 +955,13 @@ def test_a_stream_whose_closing_is_cancelled_is_abandoned(scene: Scene) -> None:
 
     async def run() -> None:
         writer = RpcWriter(scene.folder, policy=PATIENT)
-        before = open_descriptors()
+        before = len(open_descriptors())
         task = asyncio.create_task(closing(writer))
         await moment(scene, RECEIPT)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert open_descriptors() == before
+        assert len(open_descriptors()) == before
         assert len(writer._desk.lanes) == 0
 
     asyncio.run(run())
@@ -973,7 +972,7 @@ def test_a_stream_whose_closing_is_interrupted_is_abandoned(scene: Scene) -> Non
     keeper = scene.keeper("ours")
     keeper.process.stop()
     writer = BlockingRpcWriter(scene.folder, policy=PATIENT)
-    before = open_descriptors()
+    before = len(open_descriptors())
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -981,7 +980,7 @@ def test_a_stream_whose_closing_is_interrupted_is_abandoned(scene: Scene) -> Non
     scene.at(RECEIPT, interrupt)
     with pytest.raises(KeyboardInterrupt), writer.stream(SID):
         pass
-    assert open_descriptors() == before
+    assert len(open_descriptors()) == before
     assert len(writer._desk.lanes) == 0
     keeper.process.go_on()
 
@@ -1068,7 +1067,7 @@ def test_a_send_cancelled_within_a_line_ends_its_stream(scene: Scene) -> None:
 
     async def run() -> None:
         writer = RpcWriter(scene.folder, policy=PATIENT)
-        before = open_descriptors()
+        before = len(open_descriptors())
         stream = writer.stream(SID)
         with contextlib.suppress(asyncio.CancelledError):
             async with stream:
@@ -1080,7 +1079,7 @@ def test_a_send_cancelled_within_a_line_ends_its_stream(scene: Scene) -> None:
         assert (stream.delivery.outcome, stream.delivery.reason) == (U, Reason.ABANDONED)
         with pytest.raises(StreamBrokenError):
             await stream.send({"n": 2})
-        assert open_descriptors() == before
+        assert len(open_descriptors()) == before
         assert len(writer._desk.lanes) == 0
 
     asyncio.run(run())
@@ -1091,7 +1090,7 @@ def test_a_stream_left_while_another_task_sends(scene: Scene) -> None:
 
     async def run() -> None:
         writer = RpcWriter(scene.folder, policy=PATIENT)
-        before = open_descriptors()
+        before = len(open_descriptors())
         stream = writer.stream(SID)
         with contextlib.suppress(KeyError):
             async with stream:
@@ -1105,7 +1104,7 @@ def test_a_stream_left_while_another_task_sends(scene: Scene) -> None:
         for send in (task, behind):
             with pytest.raises(StreamBrokenError):
                 await send
-        assert open_descriptors() == before
+        assert len(open_descriptors()) == before
         assert len(writer._desk.lanes) == 0
 
     asyncio.run(run())

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import WAIT
+from conftest import WAIT, open_descriptors
 
 from reconciler import layout
 from reconciler.rpc_writer import (
@@ -43,10 +43,10 @@ def entries(folder: Path) -> set[str]:
 
 @pytest.fixture
 def descriptors() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     threads = threading.active_count()
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
     assert threading.active_count() == threads
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import as_nobody, bare_socket, root, until
+from conftest import as_nobody, bare_socket, open_descriptors, root, until
 
 from reconciler import inotify
 from reconciler.hints import LOOK_AT_ALL
@@ -99,10 +99,6 @@ def watched(folder: Path) -> Iterator[Watched]:
         it.stop()
         it.stop()
     assert set(threading.enumerate()) == threads, "threads live on"
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 # What brings a hint, and what does not.
@@ -415,7 +411,7 @@ def test_it_starts_without_a_descriptor_and_complains_once(folder: Path) -> None
 
 @pytest.mark.parametrize("but", [1, 2])
 def test_a_watch_for_which_too_few_are_left_costs_no_descriptor(folder: Path, but: int) -> None:
-    before = descriptors()
+    before = open_descriptors()
     it = Watched(folder)
     try:
         with no_descriptor_left(but):
@@ -426,24 +422,24 @@ def test_a_watch_for_which_too_few_are_left_costs_no_descriptor(folder: Path, bu
         assert len(it.complaints) == 1
     finally:
         it.stop()
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 def test_no_descriptor_or_thread_is_lost_over_many_layings(folder: Path) -> None:
     with watched(folder) as it:
         it.sees_entries()
-        before, threads = descriptors(), threading.active_count()
+        before, threads = open_descriptors(), threading.active_count()
         for _ in range(50):
             it.asks_for_all(folder.rmdir)
             it.asks_for_all(folder.mkdir)
             it.sees_entries()
-        until(lambda: (descriptors(), threading.active_count()) == (before, threads))
+        until(lambda: (open_descriptors(), threading.active_count()) == (before, threads))
 
 
 def test_a_folder_that_goes_while_it_is_laid_costs_no_descriptor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, before = inotify._chain, descriptors()
+    real, before = inotify._chain, open_descriptors()
     gone = threading.Event()
 
     def just_gone(target: str) -> inotify.Chain:
@@ -463,7 +459,7 @@ def test_a_folder_that_goes_while_it_is_laid_costs_no_descriptor(
         assert it.complaints == []
     finally:
         it.stop()
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 def test_at_rest_no_thread_wakes_up(folder: Path) -> None:
