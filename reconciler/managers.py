@@ -113,7 +113,8 @@ class Systemd:
             return []
         refuse_foreign(files, force=force)
         disable = Run(("systemctl", "--user", "disable", "--now", UNIT), may_fail=force)
-        return [disable, *map(Remove, files), *_systemctl(("daemon-reload",))]
+        reload = Run(("systemctl", "--user", "daemon-reload"), may_fail=force)
+        return [disable, *map(Remove, files), reload]
 
     def status(self) -> Status:
         """What the manager says of it."""

@@ -232,6 +232,18 @@ def test_uninstall_stops_it_removes_it_and_is_content_when_it_is_gone(place: Pla
     assert place.asked() == []
 
 
+def test_where_no_manager_answers_its_files_go_only_by_force(place: Place) -> None:
+    place.run("install")
+    place.fails.write_text("Failed to connect to bus: No medium found\n")
+    done = place.run("uninstall")
+    assert done.returncode == 1
+    assert "disable --now" in done.stderr
+    assert "Failed to connect to bus: No medium found" in done.stderr
+    assert place.unit.exists(), "it may be running"
+    assert place.run("uninstall", "--force").returncode == 0
+    assert not place.unit.exists()
+
+
 def test_where_no_manager_answers_nothing_is_written(place: Place) -> None:
     place.fails.write_text("Failed to connect to bus: No medium found\n")
     done = place.run("install")

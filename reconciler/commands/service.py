@@ -30,7 +30,9 @@ dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Say what would be written and run, and do nothing."
 )
 force_option = click.option(
-    "--force", is_flag=True, help="Also where the unit was not written by `install`."
+    "--force",
+    is_flag=True,
+    help="Also a unit that `install` did not write; uninstall: also where no manager answers.",
 )
 
 
