@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from reconciler.folder import Folder
@@ -33,20 +34,38 @@ _AGENT = re.compile(
 # an agent may print, is no status: Python would refuse to read it.
 
 
-def ending_of(folder: Folder, sid: str) -> Ending:
+def ending_of(folder: Folder, sid: str, *, failed_at: float | None = None) -> Ending:
     """Read how a session has ended; its keeper is dead.
+
+    Args:
+        folder: the sessions folder.
+        sid: the session's id.
+        failed_at: when it was noted down that it has failed, in seconds since the epoch, if it was.
 
     Raises:
         OSError: no descriptor or no memory is left to read it: that tells nothing.
     """
-    return ending_in(_tail(folder, file_name(Role.KEEPER_LOG, sid)))
+    return ending_in(_tail(folder, file_name(Role.KEEPER_LOG, sid)), failed_at=failed_at)
 
 
-def ending_in(log: bytes) -> Ending:
-    """How a session has ended, by the end of its keeper's log."""
+def ending_in(log: bytes, *, failed_at: float | None = None) -> Ending:
+    """How a session has ended, by the end of its keeper's log.
+
+    What was noted down holds until a keeper has started since: that one's log tells again.
+    """
     lines = log.decode(errors="replace").splitlines()
     told = list(_told(lines))
+    if failed_at is not None and not (told and _begun(told[-1]) > failed_at):
+        return Ending.FAILED
     return _of_ours(told) if told else _of_another(lines)
+
+
+def _begun(said: dict[str, Any]) -> float:
+    """When a keeper of ours has said that it starts; 0 where it has said something else."""
+    with contextlib.suppress(ValueError, OverflowError):  # an agent may have printed it
+        if _what(said) == "start":
+            return datetime.fromisoformat(str(said["timestamp"])).timestamp()
+    return 0.0
 
 
 def _told(lines: list[str]) -> Iterator[dict[str, Any]]:

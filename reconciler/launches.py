@@ -61,6 +61,7 @@ class Note:
         launch: how to start the session.
         record: what has come of it; how it has ended is not known here.
         failed: the newest restart did not come up.
+        written_at: when that was noted down, in seconds since the epoch, as of its opening.
     """
 
     def __init__(self, folder: Folder, sid: str, descriptor: int) -> None:
@@ -78,6 +79,7 @@ class Note:
         text = os.pread(descriptor, LIMIT, 0)
         self._head, _, tail = text.partition(b"\n")
         self.file = file_id(status)
+        self.written_at = status.st_mtime
         self.launch = _launch(self._head)
         self.record, self.failed = _record(self.launch.policy, tail)
 
@@ -157,7 +159,7 @@ def look(folder: Folder, sid: str, now: float, *, over: bool) -> tuple[Entry, Re
 
 
 def _ending(folder: Folder, sid: str, note: Note) -> Ending:
-    return Ending.FAILED if note.failed else ending_of(folder, sid)
+    return ending_of(folder, sid, failed_at=note.written_at if note.failed else None)
 
 
 def check(launch: Launch) -> None:

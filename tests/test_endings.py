@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,29 @@ def exited(**how: int) -> dict[str, object]:
 def opened(folder: Path) -> Iterator[Folder]:
     with Folder(folder) as opened:
         yield opened
+
+
+AT = datetime(2026, 3, 1, 9, tzinfo=UTC).timestamp()
+"""When the keepers of these logs have said all that they say."""
+
+
+@pytest.mark.parametrize(
+    ("text", "failed_at", "ending"),
+    [
+        (log(START, READY, exited(signal=15), STOP), AT + 1, Ending.FAILED),
+        (log(START, READY, exited(signal=15), STOP), AT - 1, Ending.ASKED),
+        (log(START, READY, exited(exit_code=0), STOP), AT - 1, Ending.FINISHED),
+        (log(READY, exited(signal=15), STOP), AT - 1, Ending.FAILED),  # when it began was cut off
+        (log({**START, "timestamp": "yesterday"}, STOP), AT - 1, Ending.FAILED),
+        (log({**START, "timestamp": "0001-01-01T00:00:00"}, STOP), AT - 1, Ending.FAILED),
+        (b"shutdown: code=0 reason=SIGTERM\n", AT - 1, Ending.FAILED),
+        (b"", AT - 1, Ending.FAILED),
+    ],
+)
+def test_a_failure_that_was_noted_down_holds_until_a_keeper_has_started_since(
+    text: bytes, failed_at: float, ending: Ending
+) -> None:
+    assert ending_in(text, failed_at=failed_at) is ending
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ from reconciler.plans import Stop, Verdict
 from reconciler.probe import Probe
 from reconciler.processes import SYSTEM
 from reconciler.requests import OUR_KEEPER, KeeperRequest
-from reconciler.restarts import RestartRecord
+from reconciler.restarts import Ending, RestartRecord
 from reconciler.spawning import Started
 from reconciler.spawning import start as really_start
 
@@ -291,6 +291,35 @@ def test_should_it_be_killed_the_daemon_starts_the_session(folder: Path, quick: 
     until(lambda: quick.of("session.restarted", "s"), "the daemon does it")
     assert not alive(first.keeper_pid)
     until(lambda: phase(manager) is V.READY)
+
+
+def test_should_it_be_killed_once_the_session_is_up_the_next_end_is_judged_by_itself(
+    folder: Path,
+) -> None:
+    manager = manager_of(folder)
+    asyncio.run(manager.spawn("s", agent_command=SINK, restart="on-failure"))
+    code = (
+        "import asyncio, os, sys\n"
+        "from reconciler import KeeperManager, starting\n"
+        "really_start = starting.start\n"
+        "async def start(*given):\n"
+        "    await really_start(*given)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "starting.start = start\n"
+        "asyncio.run(KeeperManager(sys.argv[1]).restart('s'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], env=program_environment(folder), check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert noted(folder).failed, "it could not be told that the session is up"
+    seen = manager.inspect("s").seen
+    assert seen.agent.process is not None
+    os.kill(seen.agent.process.pid, signal.SIGTERM)
+    until(lambda: manager.inspect("s").seen.over)
+    record = manager.inspect("s").seen.record
+    assert record is not None
+    assert record.ending is Ending.ASKED
 
 
 def test_beside_a_daemon_it_is_restarted_once(folder: Path, quick: Daemon) -> None:
