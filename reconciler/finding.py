@@ -116,7 +116,7 @@ class Finder:
                 if not served.may_not_act():
                     self._forget_wishes(served.folder, suspects.marked.keys())
                 await self._sweep_logs(served, suspects.sids)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # for want of a thread Python raises the latter
             self._tell_half_read(served.folder, error)
 
     def _scan(self, probe: Probe) -> tuple[Suspects, list[str]]:
@@ -145,6 +145,6 @@ class Finder:
         report = await self._sweeper.beside(served.folder, {*found, *there}, act=acting)
         self._reporter.swept(report, acting=acting)
 
-    def _tell_half_read(self, folder: Folder, error: OSError) -> None:
+    def _tell_half_read(self, folder: Folder, error: OSError | RuntimeError) -> None:
         if folder.fd >= 0:  # else it is gone, and was closed: that was told
             self._reporter.half_read(folder.path, error)

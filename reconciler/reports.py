@@ -180,9 +180,10 @@ class Reporter:
         """Not every exit is told by the system: some processes are looked at again and again."""
         self._log.warning("exits.polled", reason=reason)
 
-    def half_read(self, folder: Path, error: OSError) -> None:
+    def half_read(self, folder: Path, error: OSError | RuntimeError) -> None:
         """Not all of a folder could be read."""
-        reason = f"not all could be looked at: {error.strerror}"
+        why = error.strerror if isinstance(error, OSError) else error
+        reason = f"not all could be looked at: {why}"
         self._log.warning("folder.half_read", folder=str(folder), reason=reason)
 
     def recovered(self, name: str, fate: str) -> None:

@@ -1427,6 +1427,23 @@ async def test_keepers_of_other_folders_cost_no_look(
 
 
 @asynchronous
+async def test_a_scan_that_no_thread_is_left_for_is_told_of_and_made_again(
+    manager: KeeperManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def none_left(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with running(manager) as (reconciler, told):
+        with monkeypatch.context() as patched:
+            patched.setattr(asyncio, "to_thread", none_left)
+            await reconciler.settled()
+        (line,) = told.of("folder.half_read")
+        assert line["reason"] == "not all could be looked at: can't start new thread"
+        await reconciler.settled()
+        assert len(told.of("folder.half_read")) == 1
+
+
+@asynchronous
 async def test_a_folder_that_goes_while_processes_are_scanned_is_told_of_once(
     folder: Path, manager: KeeperManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
