@@ -966,6 +966,12 @@ def test_an_unknown_command_is_wrong_usage(cli: Cli) -> None:
         (("st",), "No such command 'st' (see pi-reconciler --help)"),
         (("start", "x"), "No such command 'start', it is spawn here (see pi-reconciler --help)"),
         (("help",), "No such command 'help', it is --help here (see pi-reconciler --help)"),
+        (
+            ("service", "start"),
+            "No such command 'start', systemd has it: systemctl --user start pi-reconciler (see pi",
+        ),
+        (("service", "logs"), "systemd has it: journalctl --user -u pi-reconciler (see pi-reconc"),
+        (("service", "bogus"), "No such command 'bogus' (see pi-reconciler service --help)"),
         (("--jsn", "ls"), "No such option '--jsn' before the command (see pi-reconciler --help)"),
         (("ls", "--jsn"), "No such option '--jsn'. Did you mean '--json'? (see pi-reconciler ls"),
         (("logs", "x", "-n"), "Option '-n' requires an argument (see pi-reconciler logs --help)"),

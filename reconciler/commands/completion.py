@@ -35,13 +35,15 @@ def completion(_: object, shell: str) -> None:
     """Print a script that completes commands, options and session ids with the Tab key.
 
     \b
-    bash:  pi-reconciler completion bash > \\
+    bash:  mkdir -p ~/.local/share/bash-completion/completions
+           pi-reconciler completion bash > \\
              ~/.local/share/bash-completion/completions/pi-reconciler
            (needs the package bash-completion; or in ~/.bashrc:
            eval "$(pi-reconciler completion bash)")
     zsh:   in ~/.zshrc, below compinit:
            eval "$(pi-reconciler completion zsh)"
-    fish:  pi-reconciler completion fish > ~/.config/fish/completions/pi-reconciler.fish
+    fish:  mkdir -p ~/.config/fish/completions
+           pi-reconciler completion fish > ~/.config/fish/completions/pi-reconciler.fish
 
     It counts from the next shell on.
     """  # noqa: D301 - click wants the real character

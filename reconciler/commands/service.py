@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,28 @@ force_option = click.option(
 )
 
 
-@click.group(short_help="Have the service manager run it.", invoke_without_command=True)
+_OF_SYSTEMD: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("start", "stop", "restart", "reload", "enable", "disable"), "systemctl --user {}"
+    ),
+    **dict.fromkeys(("log", "logs"), "journalctl --user -u"),
+}
+"""What is left to systemd's own commands."""
+
+
+class _Group(click.Group):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; for one of systemd's, name that."""
+        name = args[0]
+        if (own := _OF_SYSTEMD.get(name)) and not ctx.resilient_parsing:
+            told = f"systemd has it: {own.format(name)} pi-reconciler"
+            ctx.fail(f"No such command {name!r}, {told}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Group, short_help="Have the service manager run it.", invoke_without_command=True)
 @common
 @click.pass_context
 def service(ctx: click.Context) -> None:
