@@ -14,6 +14,9 @@ socket that never blocks, which yield a `Wait` where something has to be waited 
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -330,10 +333,22 @@ def _tenacity(failure: TransientError) -> ModuleType:
         TransientError: that failure, where it cannot be loaded for want of descriptors.
     """
     try:
-        import tenacity  # noqa: PLC0415 - see above
+        with _LOADING:
+            import tenacity  # noqa: PLC0415 - see above
     except OSError:
         raise failure from None
     return tenacity
+
+
+_LOADING = threading.Lock()
+# No fork while it is loaded: in the child, where that thread is not, it would be so for ever.
+
+if sys.platform != "win32":
+    os.register_at_fork(
+        before=_LOADING.acquire,
+        after_in_parent=_LOADING.release,
+        after_in_child=_LOADING.release,
+    )
 
 
 def _single(many: ManyDelivery) -> Delivery:

@@ -10,6 +10,8 @@ import pickle
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -983,6 +985,40 @@ def test_a_stream_whose_closing_is_interrupted_is_abandoned(scene: Scene) -> Non
     assert len(open_descriptors()) == before
     assert len(writer._desk.lanes) == 0
     keeper.process.go_on()
+
+
+FORKED = """
+import importlib.abc, os, pathlib, signal, sys, threading, time
+from reconciler.sync import RpcWriter
+
+writer, loading = RpcWriter(pathlib.Path(sys.argv[1])), threading.Event()
+
+class Slow(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "tenacity" and threading.current_thread() is not threading.main_thread():
+            loading.set()
+            time.sleep(0.1)  # that the fork falls into, if it does not wait
+
+sys.meta_path.insert(0, Slow())
+other = threading.Thread(target=writer.write, args=("none", "{}"))
+other.start()
+loading.wait()
+if os.fork() == 0:
+    signal.alarm(30)
+    os._exit(0 if writer.write("none", "{}").reason.value == "no_socket" else 1)
+other.join()
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_child_forked_while_a_thread_loads_what_tries_again_does_not_hang(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, folder],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_a_forked_child_waits_for_no_thread_of_its_parent(scene: Scene) -> None:
