@@ -411,7 +411,7 @@ def test_it_starts_without_a_descriptor_and_complains_once(folder: Path) -> None
 
 @pytest.mark.parametrize("but", [1, 2])
 def test_a_watch_for_which_too_few_are_left_costs_no_descriptor(folder: Path, but: int) -> None:
-    before = open_descriptors()
+    before = len(open_descriptors())
     it = Watched(folder)
     try:
         with no_descriptor_left(but):
@@ -422,24 +422,24 @@ def test_a_watch_for_which_too_few_are_left_costs_no_descriptor(folder: Path, bu
         assert len(it.complaints) == 1
     finally:
         it.stop()
-    assert open_descriptors() == before
+    assert len(open_descriptors()) == before
 
 
 def test_no_descriptor_or_thread_is_lost_over_many_layings(folder: Path) -> None:
     with watched(folder) as it:
         it.sees_entries()
-        before, threads = open_descriptors(), threading.active_count()
+        before, threads = len(open_descriptors()), threading.active_count()
         for _ in range(50):
             it.asks_for_all(folder.rmdir)
             it.asks_for_all(folder.mkdir)
             it.sees_entries()
-        until(lambda: (open_descriptors(), threading.active_count()) == (before, threads))
+        until(lambda: (len(open_descriptors()), threading.active_count()) == (before, threads))
 
 
 def test_a_folder_that_goes_while_it_is_laid_costs_no_descriptor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, before = inotify._chain, open_descriptors()
+    real, before = inotify._chain, len(open_descriptors())
     gone = threading.Event()
 
     def just_gone(target: str) -> inotify.Chain:
@@ -459,7 +459,7 @@ def test_a_folder_that_goes_while_it_is_laid_costs_no_descriptor(
         assert it.complaints == []
     finally:
         it.stop()
-    assert open_descriptors() == before
+    assert len(open_descriptors()) == before
 
 
 def test_at_rest_no_thread_wakes_up(folder: Path) -> None:
