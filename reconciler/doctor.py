@@ -32,6 +32,7 @@ class SettingsFacts:
 
     Attributes:
         path: the file.
+        named: it was asked for by --config.
         there: it exists.
         error: all that is wrong with what is said, or nothing.
         variables: how many variables say something.
@@ -39,6 +40,7 @@ class SettingsFacts:
     """
 
     path: Path
+    named: bool = False
     there: bool = True
     error: str = ""
     variables: int = 0
@@ -48,7 +50,8 @@ class SettingsFacts:
 def judge_settings(facts: SettingsFacts) -> Diagnosis:
     """Whether the settings can be used, and are nobody else's to change."""
     if facts.error:
-        return problem("settings", facts.error, "pi-reconciler config check")
+        which = f" {shlex.quote(str(facts.path))}" if facts.named else ""
+        return problem("settings", facts.error, f"pi-reconciler config check{which}")
     if facts.writers:
         found = f"{facts.path} may be written to by {facts.writers}, who can name what you run"
         return problem("settings", found, f"chmod go-w {shlex.quote(str(facts.path))}, or own it")

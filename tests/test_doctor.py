@@ -68,6 +68,12 @@ def service(**facts: object) -> Diagnosis:
         (judge_settings(SettingsFacts(path=HERE, there=False)), "ok", "no /a b: the def", ""),
         (judge_settings(SettingsFacts(path=HERE, error="bad")), "problem", "bad", "config check"),
         (
+            judge_settings(SettingsFacts(path=HERE, named=True, error="bad")),
+            "problem",
+            "bad",
+            "pi-reconciler config check '/a b'",
+        ),
+        (
             judge_settings(SettingsFacts(path=HERE, writers="everybody")),
             "problem",
             "/a b may be written to by everybody",

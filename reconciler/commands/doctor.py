@@ -78,7 +78,8 @@ def _settings() -> tuple[Settings, Diagnosis]:
         sources = Sources.read(chosen().get("config"))
         settings = sources.settings()
     except SettingsError as error:
-        return Settings(), judge_settings(SettingsFacts(path=path, error=str(error)))
+        named = chosen().get("config") is not None
+        return Settings(), judge_settings(SettingsFacts(path=path, named=named, error=str(error)))
     facts = SettingsFacts(
         path=path,
         there=os.path.exists(path),
