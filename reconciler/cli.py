@@ -62,10 +62,12 @@ _OPTIONS_ELSEWHERE: Mapping[str, str] = {
     "spawn": "what is meant for the agent goes after --",
     **dict.fromkeys(("ls -a", "ls --all"), "it lists all that there are"),
     **dict.fromkeys(
-        ("stop -t", "stop --time", "stop --timeout"),
+        ("stop -t", "stop --time", "stop --timeout", "restart -t", "restart --time"),
         "how long SIGKILL waits is the setting ladder.term_grace",
     ),
-    **dict.fromkeys(("stop -f", "stop --force"), "SIGKILL comes by itself"),
+    **dict.fromkeys(
+        ("stop -f", "stop --force", "restart -f", "restart --force"), "SIGKILL comes by itself"
+    ),
     **dict.fromkeys(
         ("run -d", "run --detach", "run --daemon"), "pi-reconciler service install has it so"
     ),

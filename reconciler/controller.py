@@ -241,6 +241,7 @@ class Reconciler:
             return StoppedSession(sid, None, time.monotonic() - begun)
         seen = found.seen
         keeper = seen.keeper.process if seen.keeper.state is KeeperState.PROVEN else None
+        served, reason = self._holder.served, self._holder.may_not_act()  # as of now
         if served is None or reason:
             raise UnverifiableError(f"session {sid} was left alone: {reason}")
         note_wish(served.folder, sid, leave=leave)

@@ -978,6 +978,7 @@ def test_an_unknown_command_is_wrong_usage(cli: Cli) -> None:
         (("-V",), "'-V' before the command, the version is --version (see pi-reconciler --help)"),
         (("logs", "x", "--tail", "3"), "No such option '--tail', it is -n here (see pi-rec"),
         (("stop", "x", "-t", "3"), "'-t', how long SIGKILL waits is the setting ladder.term_grace"),
+        (("restart", "-t", "3", "x"), "'-t', how long SIGKILL waits is the setting ladder.term_gr"),
         (("spawn", "x", "pi", "--mode", "rpc"), ", what is meant for the agent goes after -- (see"),
         (("spawn", "--jsn"), "'--json'?), what is meant for the agent goes after -- (see"),
         (("spawn", "x", "cat"), "argument (cat), the agent's command goes after -- (see pi-recon"),

@@ -41,6 +41,7 @@ from stand_ins import running as program
 from reconciler import effects, exits, inotify, ladder, probe, removal
 from reconciler.controller import Reconciler
 from reconciler.errors import FolderError, FolderLockedError, NoSuchSessionError, UnverifiableError
+from reconciler.findings import Finding
 from reconciler.hints import AT_ONCE
 from reconciler.keeper import KeeperManager, SpawnedKeeper
 from reconciler.ladder import Ladder
@@ -1441,6 +1442,26 @@ async def test_a_scan_that_no_thread_is_left_for_is_told_of_and_made_again(
         assert line["reason"] == "not all could be looked at: can't start new thread"
         await reconciler.settled()
         assert len(told.of("folder.half_read")) == 1
+
+
+@asynchronous
+async def test_a_folder_that_goes_while_a_stop_looks_at_the_session_is_told_by_the_stop(
+    folder: Path, manager: KeeperManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(manager) as (reconciler, told):
+        spawned = await reconciler.spawn("s", agent_command=SINK)
+        found = manager.inspect("s")
+
+        def inspect(_: str) -> Finding:
+            folder.rename(folder.with_name("moved"))
+            until(lambda: told.of("folder.gone"))
+            return found
+
+        monkeypatch.setattr(manager, "inspect", inspect)
+        with pytest.raises(UnverifiableError, match="there is no folder"):
+            await reconciler.stop("s")
+        assert alive(spawned.keeper_pid)
+    folder.with_name("moved").rename(folder)
 
 
 @asynchronous
