@@ -35,6 +35,9 @@ T = TypeVar("T")
 _LOOKS = 10
 # Looks for progress per progress timeout: a peer that reads raises no event that says so.
 
+_LONGEST_LOOK = 3600.0
+# Seconds between two looks at most: ``poll`` takes no more than 24 days.
+
 _LONGEST_PAUSE = 0.016
 # Seconds between two tries where there is nothing to wait on; they begin at 1 ms and double.
 
@@ -110,7 +113,7 @@ class Patience:
     @property
     def look(self) -> float:
         """Seconds to the next look for progress."""
-        return self.up_to(self._span / _LOOKS)
+        return self.up_to(min(self._span / _LOOKS, _LONGEST_LOOK))
 
 
 def pauses() -> Iterator[float]:

@@ -987,6 +987,14 @@ def test_a_stream_whose_closing_is_interrupted_is_abandoned(scene: Scene) -> Non
     keeper.process.go_on()
 
 
+def test_who_has_patience_for_centuries_can_wait(scene: Scene) -> None:
+    keeper = scene.keeper("ours")
+    keeper.process.stop()
+    scene.at(RECEIPT, keeper.process.go_on)
+    writer = BlockingRpcWriter(scene.folder, policy=WritePolicy(progress_timeout=1e10))
+    assert writer.write(SID, {"n": 1}).delivered
+
+
 FORKED = """
 import importlib.abc, os, pathlib, signal, sys, threading, time
 from reconciler.sync import RpcWriter
