@@ -71,6 +71,7 @@ _OPTIONS_ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(
         ("run -d", "run --detach", "run --daemon"), "pi-reconciler service install has it so"
     ),
+    "run --json": "it is --log-form json here",
 }
 """The same for a command's options; for a command alone, what any option may be."""
 

@@ -663,6 +663,7 @@ def test_stop_all_ends_the_living_and_cleans_the_dead(cli: Cli) -> None:
     assert not alive(pid)
     assert list(cli.folder.glob("*.rpc.sock*")) == []
     assert cli("stop", "--all", "--json") == Ended(0, "[]\n", "")
+    assert cli("stop", "--all") == Ended(0, "", f"pi-reconciler: no session is in {cli.folder}\n")
 
 
 def test_stop_all_is_content_when_one_goes_by_itself_meanwhile(cli: Cli, tmp_path: Path) -> None:
@@ -957,6 +958,10 @@ def test_run_says_when_its_metrics_cannot_be_exposed(cli: Cli) -> None:
 def test_an_unknown_command_is_wrong_usage(cli: Cli) -> None:
     assert "No such command 'bogus'" in cli.fails(2, "bogus")
     assert "No such option '--bogus' before the command" in cli.fails(2, "--bogus")
+
+
+def test_who_wants_the_log_as_json_is_told_how(cli: Cli) -> None:
+    assert "No such option '--json', it is --log-form json here" in cli("run", "--json").err
 
 
 @pytest.mark.parametrize(

@@ -354,6 +354,8 @@ def test_the_command_tells_of_each(cli: Cli) -> None:
     assert [(each["sid"], each["restarted"]) for each in told] == [("a", True), ("b", True)]
     assert set(told[0]) == {"sid", "restarted", "keeper_pid", "agent_pid", "socket"}
     assert alive(never), "all are all that can be"
+    cli("stop", "a", "b")
+    assert "has a restart policy" in cli("restart", "--all").err
     for arguments in ((), ("a", "--all")):
         assert "give session ids, or --all, and not both" in cli.fails(2, "restart", *arguments)
     assert "not usable" in cli.fails(2, "restart", "../a")

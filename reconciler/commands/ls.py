@@ -72,6 +72,8 @@ def _watch(given: Common, *, as_json: bool) -> None:
     can_draw = sys.stdout and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     if as_json or not can_draw:
         end_with_reader()
+        if not reconciler.manager.sessions_dir.is_dir():
+            say(f"there is no folder {reconciler.manager.sessions_dir}; waiting for it")
         asyncio.run(print_changes(reconciler, click.echo, check_reader))
     else:
         try:

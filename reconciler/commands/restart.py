@@ -15,6 +15,7 @@ from reconciler.console import (
     dry_run_option,
     json_option,
     pass_common,
+    say,
 )
 from reconciler.errors import ReconcilerError
 
@@ -70,6 +71,8 @@ def restart(
     for sid in sids:
         check_sid(sid)
     chosen = dict.fromkeys(sids or (each.seen.sid for each in manager.find() if each.seen.record))
+    if not (chosen or as_json):
+        say(f"no session in {manager.sessions_dir} has a restart policy")
     if dry_run:
         results = [_rehearse(manager, sid, leave=leave) for sid in chosen]
     else:

@@ -20,6 +20,7 @@ from reconciler.console import (
     kind_of,
     pass_common,
     print_json,
+    say,
 )
 from reconciler.errors import NoSuchSessionError, ReconcilerError
 
@@ -66,6 +67,8 @@ def stop(
     for sid in sids:
         check_sid(sid)
     chosen = dict.fromkeys(sids or (finding.seen.sid for finding in manager.find()))
+    if not (chosen or as_json):
+        say(f"no session is in {manager.sessions_dir}")
     if dry_run:
         results = [_rehearse(manager, sid, leave=leave) for sid in chosen]
     else:
