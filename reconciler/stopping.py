@@ -164,22 +164,23 @@ async def end_leftovers(
 
     Raises:
         StillAliveError: more come as they are ended, or they outlive SIGKILL.
+        ReconcilerError: the system refused, or the folder has gone.
     """
     effects = Effects(probe, ladder)
     ended: set[ProcessId] = set()
     detail = ""
     for _ in range(_STOP_TRIES):
         suspects = await asyncio.to_thread(probe.scan_all)
-        seen = suspects.look(probe, sid)
+        try:
+            seen = suspects.look(probe, sid)
+        except OSError as error:  # the folder may have gone
+            raise ReconcilerError(f"session {sid}: {error}") from error
         if seen.leave or not (seen.over and seen.leftovers):
             await outlast(ended, ladder)
             return len(ended)
         left = [leftover.process for leftover in seen.leftovers]
         action = StopLeftovers(tuple(left))
-        try:
-            done = await effects.stop(seen, action)
-        except OSError as error:
-            raise ReconcilerError(f"session {sid}: {error}") from error
+        done = await _act(effects, seen, action)
         detail = done.detail
         tell(seen, Plan(Verdict.LEFTOVERS, "not wanted any more", (action,)), done)
         ended.update(process for process in left if is_over(process))

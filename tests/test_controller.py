@@ -40,7 +40,13 @@ from stand_ins import running as program
 
 from reconciler import effects, exits, inotify, ladder, probe, removal
 from reconciler.controller import Reconciler
-from reconciler.errors import FolderError, FolderLockedError, NoSuchSessionError, UnverifiableError
+from reconciler.errors import (
+    FolderError,
+    FolderLockedError,
+    NoSuchSessionError,
+    ReconcilerError,
+    UnverifiableError,
+)
 from reconciler.findings import Finding
 from reconciler.hints import AT_ONCE
 from reconciler.keeper import KeeperManager, SpawnedKeeper
@@ -1461,6 +1467,27 @@ async def test_a_folder_that_goes_while_a_stop_looks_at_the_session_is_told_by_t
         with pytest.raises(UnverifiableError, match="there is no folder"):
             await reconciler.stop("s")
         assert alive(spawned.keeper_pid)
+    folder.with_name("moved").rename(folder)
+
+
+@asynchronous
+async def test_a_folder_that_goes_while_a_stop_looks_for_leftovers_is_told_by_the_stop(
+    folder: Path, manager: KeeperManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = probe.Probe.scan_all
+    async with running(manager) as (reconciler, told):
+        spawned = await reconciler.spawn("s", agent_command=SINK)
+
+        def scan_all(self: probe.Probe) -> probe.Suspects:
+            if not alive(spawned.keeper_pid) and folder.exists():
+                folder.rename(folder.with_name("moved"))
+                until(lambda: told.of("folder.gone"))
+            return scan(self)
+
+        monkeypatch.setattr(probe.Probe, "scan_all", scan_all)
+        with pytest.raises(ReconcilerError, match="session s: "):
+            await reconciler.stop("s")
+        assert not alive(spawned.keeper_pid)
     folder.with_name("moved").rename(folder)
 
 
