@@ -273,7 +273,11 @@ async def test_a_crash_loop_is_given_up_and_told_once(folder: Path, tmp_path: Pa
         say(await manager.spawn("s", agent_command=agent, restart="on-failure"), "go")
         await soon(reconciler.wait_for("s", is_in(V.GIVEN_UP)))
         await happens(lambda: told.of("session.given_up", "s"))
-        assert len(told.of("session.restarted", "s")) == SOON.most
+        # One that ends at once may have ended before it could be seen to have started.
+        tries = [
+            w for w in told.lines if w["event"] in {"session.restarted", "session.restart_failed"}
+        ]
+        assert [each["restarts"] for each in tries] == list(range(SOON.most))
     async with running(manager) as (reconciler, told):  # it is known to a later one
         await soon(reconciler.wait_for("s", is_in(V.GIVEN_UP)))
         await reconciler.settled()
