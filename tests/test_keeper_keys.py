@@ -37,7 +37,7 @@ def test_the_sign_is_there_after_binding_again(session: Session, out: Path) -> N
     process = session.start(into(out))
     session.socket.unlink()
     os.kill(process.pid, signal.SIGHUP)
-    until(session.socket.exists)
+    until(lambda: "keeper.rebound" in session.events())
     with session.connect() as client:
         assert client.getpeername() == f".//{session.socket.name}"
 

@@ -1126,8 +1126,9 @@ def test_hang_up_makes_files_again(session: Session, out: Path, names: list[str]
     for name in names:
         getattr(session, name).unlink()
     process.send_signal(signal.SIGHUP)
-    until(lambda: session.socket.exists() and session.pid_file.exists())
-    until(lambda: session.pid_file.read_text() == str(process.pid))
+    if "socket" in names:
+        until(lambda: "keeper.rebound" in session.events())  # from here on it listens
+    until(lambda: session.pid_file.exists() and session.pid_file.read_text() == str(process.pid))
     assert stat.S_IMODE(session.socket.stat().st_mode) == 0o600
     until(lambda: session.send(b"again\n"))
     assert session.end() == 0
